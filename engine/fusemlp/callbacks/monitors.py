@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, takes, tell
-from fusemlp.describe.checks import as_count, as_number, as_path, check_choice, check_flag, no_folder
+from fusemlp.describe.checks import as_count, as_kind, as_number, as_path, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -23,9 +23,7 @@ class Monitor(Watching):
     """The base of callbacks that watch a quantity of the logs for a new best value."""
 
     def __init__(self, monitor: str, mode: str, verbose: int, min_delta: float = 0.0) -> None:
-        if not isinstance(monitor, str):
-            raise ArgumentTypeError(f"monitor: expected a name such as 'val_loss', got {monitor!r}")
-        self.monitor = monitor
+        self.monitor = as_kind("monitor", monitor, str, "a name such as 'val_loss'")
         self.mode = check_choice("mode", mode, MODES)
         self.verbose = as_count("verbose", verbose, minimum=0)
         # Keras takes the absolute value too.

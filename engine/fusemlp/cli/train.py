@@ -28,7 +28,7 @@ from fusemlp.report import runs
 from fusemlp.report.runs import Run, append_metrics, open_run, read_json
 from fusemlp.runtime.files import replace_file, write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
-from fusemlp.tables import training, transfer
+from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.recipe import given_options, name_of
 from fusemlp.training.history import History
@@ -178,7 +178,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     epochs = as_count("epochs", changes.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
-    if epochs > config["epochs"] and stored.dp_epsilon is not None:
+    if epochs > config["epochs"] and descriptions.is_private(stored):
         raise ArgumentError(
             f"epochs: more than {config['epochs']} would spend more than the epsilon of {stored.dp_epsilon:g}; leave "
             "it out, or start a new run"

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from fusemlp.describe.checks import as_number, check_choice, knows_names_of
+from fusemlp.describe.checks import as_kind, as_number, check_choice, knows_names_of
 from fusemlp.describe.conflicts import Features
 from fusemlp.describe.description import Count, Description, Flag, Fraction, Positive, Seed, Share
 from fusemlp_kernels.contract import Perturbation
@@ -158,20 +158,15 @@ for _one in (FGSM, PGD):
 
 def as_attack(argument: str, value: object) -> Attack:
     """Return ``value`` if it is an attack; raises ArgumentTypeError."""
-    if not isinstance(value, Attack):
-        raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1) or FGSM(0.1), got {value!r}")
-    return value
+    return as_kind(argument, value, Attack, "an attack such as PGD(0.1) or FGSM(0.1)")
 
 
 def as_adversary(argument: str, value: object) -> Adversary:
     """Return what a training is against; raises ArgumentError or ArgumentTypeError for what it cannot be."""
-    if value is None:
-        return NONE
-    if not isinstance(value, Adversary):
-        raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1), or IBP(0.1), got {value!r}")
-    if value.plain is not None and value.plain.restarts > 1:
+    how = NONE if value is None else as_kind(argument, value, Adversary, "an attack such as PGD(0.1), or IBP(0.1)")
+    if how.plain is not None and how.plain.restarts > 1:
         raise ArgumentError(f"{argument}: restarts are for Engine.attack; training takes one, restarts=1")
-    return value
+    return how
 
 
 @dataclass(frozen=True)

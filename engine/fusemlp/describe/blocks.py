@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count, as_kind, check_choice
 from fusemlp.describe.description import Description, Flag, Positive, from_config
 from fusemlp_kernels.contract import Norm
-from fusemlp_kernels.errors import ArgumentTypeError
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,4 @@ ENCODINGS = {Frequency.kind: Frequency}
 
 def as_encoding(argument: str, value: Any) -> Frequency | None:
     """Return an encoding, or None; errors call it ``argument``."""
-    if value is not None and not isinstance(value, Frequency):
-        raise ArgumentTypeError(f"{argument}: expected an object such as Frequency(10), or None, got {value!r}")
-    return value
+    return None if value is None else as_kind(argument, value, Frequency, "an object such as Frequency(10), or None")

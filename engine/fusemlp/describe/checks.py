@@ -17,6 +17,7 @@ import numpy as np
 
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, unknown_name
 
+Kind = TypeVar("Kind")
 WINDOWS = os.name == "nt"
 
 
@@ -41,6 +42,13 @@ def as_path(argument: str, value: Any, kind: str = "file") -> str:
     if not isinstance(value, str | os.PathLike):
         raise ArgumentTypeError(f"{argument}: expected the path of a {kind}, got {value!r}")
     return os.fspath(value)
+
+
+def as_kind(argument: str, value: object, kind: type[Kind], expected: str) -> Kind:
+    """Return ``value`` if it is of a kind; the error says what was ``expected``."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{argument}: expected {expected}, got {value!r}")
+    return value
 
 
 def check_flag(argument: str, value: object) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from fusemlp.describe.checks import as_count, as_number, knows_names_of
+from fusemlp.describe.checks import as_count, as_kind, as_number, knows_names_of
 from fusemlp.describe.description import Description, OpenFraction, Positive, Seed
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 # Steps, and the probability with which each took each row.
 Spent: TypeAlias = Sequence[tuple[float, int]]
@@ -86,6 +86,10 @@ class DPSGD(Description):
             low, high = (low, middle) if is_enough(middle) else (middle, high)
         return replace(checked, noise=high, delta=least)
 
+    def of_model(self, index: int) -> "DPSGD":
+        """Return the privacy of a model of a fleet: each has a seed of its own."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
+
     def to_config(self) -> dict[str, Any]:
         """Return a JSON-able description, without the seed: a file that held it would undo the privacy."""
         return {name: value for name, value in super().to_config().items() if name != "seed"}
@@ -111,9 +115,8 @@ knows_names_of(DPSGD, _ELSEWHERE)
 
 def as_privacy(value: object) -> DPSGD | None:
     """Return ``value`` if it is a privacy or None; raises ArgumentTypeError."""
-    if value is not None and not isinstance(value, DPSGD):
-        raise ArgumentTypeError(f"privacy: expected a DPSGD such as DPSGD(noise=1.1, clip=1.0), or None, got {value!r}")
-    return value
+    expected = "a DPSGD such as DPSGD(noise=1.1, clip=1.0), or None"
+    return None if value is None else as_kind("privacy", value, DPSGD, expected)
 
 
 def usual_delta(rows: int) -> float:

@@ -102,7 +102,7 @@ class Fleet:
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         checked = as_privacy(privacy)
         self.candidates = tuple(
-            replace(candidate(base, parameters, f"vary, model {index}"), privacy=_of_member(checked, index))
+            replace(candidate(base, parameters, f"vary, model {index}"), privacy=checked and checked.of_model(index))
             for index, parameters in enumerate(combinations(vary))
         )
         expected = f"initial: expected parameters for each of the {len(self)} models, got"
@@ -381,8 +381,3 @@ class Fleet:
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
         return together((member.engine for member in left), X)
-
-
-def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:
-    """Return the privacy of a model: each has a seed of its own."""
-    return privacy if privacy is None or privacy.seed is None else replace(privacy, seed=privacy.seed + index)

@@ -14,6 +14,7 @@ from importlib import import_module
 from pickle import PicklingError
 from typing import Any
 
+from fusemlp.describe.checks import as_kind
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
@@ -68,8 +69,7 @@ def visible(device: str) -> str:
 
 def check_workers(workers: object, *, connected: bool = True) -> None:
     """Raise ArgumentError, MissingLibraryError unless joblib's ``workers`` can train, dask with a client."""
-    if not isinstance(workers, str):
-        raise ArgumentTypeError(f"workers: expected the name of a backend of joblib, such as 'loky', got {workers!r}")
+    workers = as_kind("workers", workers, str, "the name of a backend of joblib, such as 'loky'")
     if workers in LIBRARIES:
         try:
             import_module(LIBRARIES[workers])

@@ -19,6 +19,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from fusemlp.datasets.rows import available_memory
+from fusemlp.describe.checks import as_kind
 from fusemlp.runtime.plans import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.candidates import Candidates, SharedFits, last_step
@@ -157,8 +158,7 @@ def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mappi
     known = estimator.get_params()
     for mapping in spaces:
         for name in mapping:
-            if not isinstance(name, str):
-                raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
+            as_kind(space, name, str, "the names of parameters")
             # a step that is replaced may have other parameters, which its own set_params checks
             if name not in known and not any(name.startswith(f"{step}__") for step in mapping):
                 step, mark, last = name.rpartition("__")

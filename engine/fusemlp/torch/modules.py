@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fusemlp.describe.blocks import NORMS, Frequency, Normalisation
+from fusemlp.describe.checks import as_kind
 from fusemlp.describe.network import MLP, Activation, rolled
 from fusemlp.inputs.arrays import Array
 from fusemlp.torch.trace import Part, Skip, inner_path, trace_parts
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
+from fusemlp_kernels.errors import ArgumentError, DTypeError
 from fusemlp_kernels.pointwise import ACTIVATIONS
 
 # The kernels' names of torch's activations.
@@ -190,8 +191,7 @@ def read_module(module: nn.Module, *, for_engine: bool = False) -> Reading:
 
     Raises ArgumentError with the path of a part that cannot be fused, ArgumentError or DTypeError for parameters.
     """
-    if not isinstance(module, nn.Module):
-        raise ArgumentTypeError(f"module: expected a torch.nn.Module such as nn.Sequential(...), got {module!r}")
+    as_kind("module", module, nn.Module, "a torch.nn.Module such as nn.Sequential(...)")
     for path, child in module.named_modules():
         refuse_hooks(f"module: {Part(path, child)} has hooks", *hooks_of(child))
     layers: list[_Layer] = []

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusemlp.describe.checks import as_kind
 from fusemlp.describe.losses import CrossEntropy, OwnLoss
 from fusemlp.describe.network import NORM
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
@@ -20,7 +21,7 @@ from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.torch import loop, modules
 from fusemlp.torch.modules import Reading
 from fusemlp_kernels.contract import UPDATE_COUNT
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 
 def to_torch(engine: Engine) -> nn.Sequential:
@@ -31,8 +32,7 @@ def to_torch(engine: Engine) -> nn.Sequential:
     engine that normalises its inputs starts with a layer ``normalise``, which does so; an encoding is a layer
     ``encoding``. The loss is not included: a classifier returns logits.
     """
-    if not isinstance(engine, Engine):
-        raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
+    as_kind("engine", engine, Engine, "a fusemlp.Engine")
     engine.scaling.check_measured()
     net = engine.network
     net.check_single("engine", "to_torch")
