@@ -387,6 +387,11 @@ def test_a_warm_up_rises_linearly_and_delays_the_schedule(name):
     warm = replace(schedule, warmup=5)
     close(warm.rates(0, 5).tolist(), [schedule.at(0) * (t + 1) / 5 for t in range(5)])
     assert warm.rates(5, 60).tobytes() == schedule.rates(0, 60).tobytes()
+    # a rate does not depend on the table that it stands in
+    whole = warm.rates(0, 100)
+    for first, count in ((0, 1), (2, 3), (7, 41), (99, 1)):
+        assert warm.rates(first, count).tobytes() == whole[first : first + count].tobytes()
+    assert [warm.at(t) for t in range(100)] == whole.tolist()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -397,15 +402,6 @@ def test_annealed_rates_stay_at_the_final_value(share, steps):
     for schedule in (Cosine(0.3, final=0.01, steps=steps), one_cycle):
         assert (schedule.rates(0, steps) > 0.0).all() and (schedule.rates(0, steps) <= 0.3).all()
         close(schedule.rates(steps, 5).tolist(), [0.01] * 5)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_a_rate_does_not_depend_on_the_table_that_it_stands_in(name):
-    schedule = replace(PEERS[name][0], warmup=3).over(LENGTH)
-    whole = schedule.rates(0, 100)
-    for first, count in ((0, 1), (2, 3), (7, 41), (99, 1)):
-        assert schedule.rates(first, count).tobytes() == whole[first : first + count].tobytes()
-    assert [schedule.at(t) for t in range(100)] == whole.tolist()
 
 
 def test_rates_too_large_for_a_float_are_no_error_ahead_of_the_training():
