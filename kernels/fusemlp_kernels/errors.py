@@ -54,10 +54,15 @@ class WorkerError(FusemlpError, RuntimeError):
     """Processes that train parts of a fleet have died again and again."""
 
 
-def unknown_name(argument: str, given: object, known: Iterable[str]) -> ArgumentError:
-    """Return the error for a name that is not in ``known``; it proposes the nearest, in any case."""
+def unknown_name(argument: str, given: object, known: Iterable[str], *, prefix: str = "") -> ArgumentError:
+    """Return the error for a name that is not in ``known``; it proposes one that begins so, or the nearest.
+
+    The case does not count. Of names that differ by a ``prefix`` alone it proposes the first.
+    """
     names = list(known)
-    lowered = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(given).lower(), lowered, n=1, cutoff=0.4)
+    lowered = {name.lower().removeprefix(prefix): name for name in reversed(names)}
+    word = str(given).lower().removeprefix(prefix)
+    near = [name for name in lowered if word and name.startswith(word)]
+    near = near or difflib.get_close_matches(word, lowered, n=1, cutoff=0.4)
     hint = f"; did you mean {lowered[near[0]]!r}?" if near else "."
     return ArgumentError(f"{argument}: unknown name {given!r}{hint} Expected one of: {', '.join(names)}")

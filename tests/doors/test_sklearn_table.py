@@ -25,6 +25,7 @@ from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.defaults import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
+from make import QUICK, run
 
 # The checks that fail, with the reason.
 REASON = "a row twice is in two batches, a row of weight 2 in one"
@@ -162,6 +163,17 @@ def test_columns_are_chosen():
     for option in ("drop", "keep", "categorical"):
         with pytest.raises(DataError, match=rf"no columns 'height' to {option}; the columns are 'colour'"):
             classifier(**{option: ["height"]}).fit(X, Y)
+
+
+def test_words_that_stand_for_missing_cells(tmp_path):
+    marked = X.assign(size=X["size"].fillna(-999), colour=X["colour"].fillna("unknown"))
+    model = classifier(missing=("unknown", -999)).fit(marked, Y)
+    np.testing.assert_array_equal(model.predict_proba(marked), classifier().fit(X, Y).predict_proba(X))
+    marked.assign(y=Y).to_csv(tmp_path / "a.csv", index=False)
+    given = "--missing", "unknown", "--missing", "-999"
+    assert run("train", tmp_path / "a.csv", "--target", "y", *given, *QUICK, "--out", tmp_path / "run") == 0
+    opened = TableClassifier.from_run(tmp_path / "run")
+    np.testing.assert_array_equal(opened.predict_proba(marked), opened.predict_proba(X))
 
 
 def test_a_group_is_no_input():

@@ -256,7 +256,7 @@ class TestEarlyStopping:
         stop, engine = EarlyStopping(patience=1, verbose=1), make()
         with caplog.at_level(logging.INFO, logger="fusemlp.callbacks"):
             first = fit(engine, stop, epochs=60)
-        assert caplog.messages == [f"epoch {len(first.epochs)}: val_loss has not improved for 1 epochs"]
+        assert caplog.messages == [f"epoch {len(first.epochs)}: val_loss has not improved for 1 epoch"]
         second = fit(engine, stop, epochs=60)
         assert second.epochs[0] == first.epochs[-1] + 1
         assert len(second.epochs) >= 2

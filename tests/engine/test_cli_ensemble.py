@@ -346,7 +346,16 @@ def test_the_mean_is_drawn_as_far_as_all_models_train(trained, monkeypatch):
                 "confusion_matrix": [[600, 0], [400, 0]],
             },
             0.6,
-            "it never answers 'b' (true of 400 rows)",
+            "it never answers 'b' (true of 400 rows): train with --class-weight balanced",
+        ),
+        (
+            {
+                "accuracy": 0.998,
+                "classes": {name: dict(SHARES, rows=rows) for name, rows in (("a", 998), ("b", 2))},
+                "confusion_matrix": [[998, 0], [2, 0]],
+            },
+            0.6,
+            "its gain over the linear model",
         ),
     ],
 )
@@ -356,6 +365,48 @@ def test_a_verdict_says_what_to_do(mine, linear, advice):
     fact, follows = verdict({"test": {"rows": 1000, **mine}, "baselines": others})
     assert f"{max(0.0, mine[name]):.1%} of " in fact and f"{linear:.1%}" in fact
     assert follows.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("linear", "advice"),
+    [
+        # of 900 and of 25 rows: two standard errors are 0.1
+        (0.72, "its distance from the linear model may be chance"),
+        (0.6, "its gain over the linear model is more than chance"),
+    ],
+)
+def test_balanced_classes_are_judged_by_the_balanced_accuracy(linear, advice):
+    classes = {"a": {"recall": 0.99, "rows": 900}, "b": {"recall": 0.51, "rows": 25}, "c": {"recall": 0, "rows": 0}}
+    classes = {name: SHARES | figures for name, figures in classes.items()}
+    test = {"rows": 925, "accuracy": 0.97, "balanced_accuracy": 0.75, "classes": classes}
+    test["confusion_matrix"] = [[891, 9, 0], [12, 13, 0], [0, 0, 0]]
+    figures = {"constant": (0.97, 0.5), "linear": (0.9, linear)}
+    others = {name: dict(zip(("accuracy", "balanced_accuracy"), of, strict=True)) for name, of in figures.items()}
+    report = {"test": test, "baselines": others, "judged_by": "balanced_accuracy"}
+    fact, follows = verdict(report)
+    assert fact.startswith("right on 75.0% of the rows of a class on average, 925 test rows in all, a linear model on")
+    assert follows.startswith(advice)
+    others["linear"]["balanced_accuracy"] = 0.9
+    assert [*worse_than(report)] == ["the model is worse than the linear one: test balanced_accuracy 0.75 against 0.9"]
+
+
+def test_a_rare_class_is_learned_and_judged_as_others(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    table = pandas.DataFrame({"a": random.normal(size=600), "id": np.arange(600), "b": 1})
+    table["y"] = np.where(table["a"] + 0.3 * random.normal(size=600) > 2.0, "rare", "common")
+    table.to_csv(tmp_path / "a.csv", index=False)
+    words = "train", tmp_path / "a.csv", "--target", "y", "--models", "1", "--scale", "robust", "--epochs", "30"
+    assert run(*words, "--class-weight", "balanced", "--quiet", "--out", tmp_path / "run") == 0
+    report, shown = read(tmp_path / "run/report.json"), capsys.readouterr().out
+    assert report["judged_by"] == "balanced_accuracy" and report["left_out"] == {
+        "id": "counts the rows",
+        "b": "constant",
+    }
+    assert report["baselines"]["constant"]["balanced_accuracy"] == 0.5
+    # classes of the linear model weigh alike too
+    assert report["baselines"]["linear"]["balanced_accuracy"] > 0.8
+    assert "it does not use the columns 'id' (counts the rows), 'b' (constant); --keep COLUMN takes one in" in shown
+    assert "It does not use the columns &#39;id&#39;" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_verdict_on_several_targets_adds_no_units():

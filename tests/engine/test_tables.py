@@ -29,6 +29,8 @@ from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form, number
+from fusemlp.tables.preparation import prepare
+from fusemlp.tables.recipe import TableRecipe
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import QUICK, read, run, trained
 
@@ -166,6 +168,8 @@ def test_the_order_of_a_date():
     assert orders_of(["2024-13-01", "2024-02-30", "1.5"], 1.0) == []
     assert parse_date("2024-01-02T25:00", "ymd") is None
     assert parse_date("1/2/2024 13:00 PM", "mdy") is None
+    assert [parse_date(text, "dmy").year for text in ("31.12.69", "31/12/70", "2024-12-31")] == [2069, 1970, 2024]
+    assert parse_date("31-12-24", "dmy") is None and parse_date("31.12.24", "ymd") is None
 
 
 def test_an_ambiguous_order_is_said(tmp_path):
@@ -206,9 +210,9 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
             "'10.01.2024' and others such as 'Jan 10': .*2024-12-31",
             {},
         ),
+        ("a,b\n" + "31.12.24,1\n1.2.69,2\n", "", {}),
         ("a;b\n" + "1.5;2,25\n" * 9, "decimal mark ',', but a point in 'a'$", {}),
         ("a;b;c\n" + "1.5;2,25;2\n" * 9, "decimal mark ',' in 'b'$", {}),
-        ("a;b\n" + "1.75;2,25\n" * 9, "'1.75' is a number by the decimal mark '.'", {"form": Form(decimal=",")}),
     ],
 )
 def test_a_doubtful_column_is_said(content, note, options, tmp_path):
@@ -218,14 +222,29 @@ def test_a_doubtful_column_is_said(content, note, options, tmp_path):
     assert [bool(re.search(note, line)) for line in notes].count(True) == bool(note), notes
 
 
+def test_a_sum_below_the_rows_and_a_target_without_variation_are_said(tmp_path):
+    rows = "".join(f"{'xyz'[row % 3]};{row % 7};5.5\n" for row in range(30))
+    path = write(tmp_path / "a.csv", f"where;b;y\n{rows}Total:;99;5.5\n")
+    note = "the last row holds 'Total:' in 'where': delete it if it is the sum of the others"
+    dataset = load_data(path, target="y")
+    assert note in dataset.notes
+    notes = prepare(TableRecipe(epochs=1, scale="robust", models=1), dataset).notes
+    assert "the target 'y' is 5.5 in all rows: choose another one" in notes
+
+
 @pytest.mark.parametrize(
     ("content", "message", "options"),
     [
         (cells("unknown"), f"line 2, column 'a': {AMONG}", {}),
         (cells("unknown"), f"line 2, column 'a': {AMONG}", {"targets": ["a"]}),
+        ("a;b\n" + "1.75;2,25\n" * 9, "'1.75' is not a number with the decimal mark ','", {"form": Form(decimal=",")}),
         ("y;b\n" + "unknown;1\n3;2\n" * 20, "'unknown' is not a number", {"targets": ["y"], "task": "regression"}),
         (cells("1.5", "x"), "line 6, column 'a': 'x' is not a number", {"targets": ["a"]}),
-        ("y;b\n" + "632.96;1\n" * 9, "by ','; leave out --decimal", {"targets": ["y"], "form": Form(decimal=",")}),
+        (
+            "y;b\n" + "632.96;1\n" * 9,
+            "mark ','; correct .*leave out --decimal",
+            {"targets": ["y"], "form": Form(decimal=",")},
+        ),
     ],
 )
 def test_a_word_among_numbers_is_a_mistake(content, message, options, tmp_path):
@@ -258,7 +277,7 @@ def test_a_run_reads_new_rows_with_the_marks_of_its_columns(tmp_path, capsys):
     text = "a;y\n" + "".join(f"{a};{y.replace('.', ',')}\n" for a, y in lines)
     path, out = write(tmp_path / "a.csv", text), tmp_path / "run"
     assert run("train", path, "--target", "y", "--models", "1", *QUICK, "--out", out) == 0
-    assert read(out / "config.json")["data"]["decimals"] == {"a": ".", "y": ","}
+    assert read(out / "config.json")["preprocessor"]["decimals"] == [["a", "."], ["y", ","]]
     predicted = []
     for index, cell in enumerate(("9.125", "9.1250", "9125")):
         new = write(tmp_path / f"{index}.csv", f"a;z\n{cell};1,5\n")
@@ -266,7 +285,7 @@ def test_a_run_reads_new_rows_with_the_marks_of_its_columns(tmp_path, capsys):
         predicted.append((tmp_path / f"p{index}.csv").read_text())
     assert predicted[0] == predicted[1] != predicted[2]
     assert run("train", path, "--from", out, "--models", "1", *QUICK, "--out", tmp_path / "again") == 0
-    assert read(tmp_path / "again" / "config.json")["data"]["decimals"] == {"a": ".", "y": ","}
+    assert read(tmp_path / "again" / "config.json")["preprocessor"]["decimals"] == [["a", "."], ["y", ","]]
 
 
 def test_dates_of_new_data(tmp_path):

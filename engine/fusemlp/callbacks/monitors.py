@@ -12,6 +12,7 @@ from typing import Any
 from fusemlp.callbacks.forms import Watching, takes, tell
 from fusemlp.describe.checks import as_count, as_kind, as_number, as_path, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
+from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -149,7 +150,7 @@ class EarlyStopping(Monitor):
         if weights is not None:
             self.model.load_state_dict(weights)
         if self.stopped_epoch is not None:
-            reason = f"{self.monitor} has not improved for {self.wait} epochs"
+            reason = f"{self.monitor} has not improved for {counted(self.wait, 'epoch')}"
             if weights is not None and self.best_epoch is not None:
                 reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
             if history is not None and not interrupted:

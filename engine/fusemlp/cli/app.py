@@ -327,6 +327,25 @@ METAVARS: dict[Any, str] = {str: "NAME", Path: "FILE", int: "COUNT", float: "NUM
 METAVARS |= {kind | None: word for kind, word in METAVARS.items()}
 
 
+def _fraction(text: Any) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number such as 0.01, with a point, got {text!r}") from None
+
+
+def _whole(text: Any) -> int:
+    """Return a whole number, which may be written as 1e3."""
+    with suppress(ValueError):
+        return int(text)
+    if (value := _fraction(text)).is_integer():
+        return int(value)
+    raise typer.BadParameter(f"expected a whole number such as 100, got {text!r}")
+
+
+PARSERS: dict[Any, Any] = {int: _whole, int | None: _whole, float: _fraction, float | None: _fraction}
+
+
 def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"fusemlp {__version__}")
@@ -378,9 +397,8 @@ def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
         if field.default is False and not names:
             # A flag that is off needs no --no-flag.
             names = (f"--{field.name.replace('_', '-')}",)
-        info = typer.Option(
-            *names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel, autocompletion=choices
-        )
+        shown: dict[str, Any] = {"metavar": metavar or METAVARS.get(hint), "help": text, "rich_help_panel": panel}
+        info = typer.Option(*names, **shown, autocompletion=choices, parser=PARSERS.get(hint))
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(field.name, keyword, default=default, annotation=Annotated[hint, info])

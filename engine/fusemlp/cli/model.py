@@ -22,7 +22,7 @@ from fusemlp.datasets.tables import TABLES, is_table
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import aligned, listed
+from fusemlp.describe.text import aligned, counted, listed
 from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
@@ -102,11 +102,11 @@ def predict(options: PredictOptions) -> None:
         make = partial(table_bytes, "stdout.csv" if to_stdout else out.name, {**ids, **columns}, notes)
     if to_stdout:
         sys.stdout.buffer.write(make())
-        print(*notes, f"predictions of {len(X)} rows on stdout", sep="\n", file=sys.stderr)
+        print(*notes, f"predictions of {counted(len(X), 'row')} on stdout", sep="\n", file=sys.stderr)
         return
     write_made("out", out, make)
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
-    show(about | {"notes": notes}, [*notes, f"predictions of {len(X)} rows {out}"], as_json=options.as_json)
+    show(about | {"notes": notes}, [*notes, f"predictions of {counted(len(X), 'row')} {out}"], as_json=options.as_json)
 
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
@@ -282,12 +282,12 @@ def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
         named = ", ".join(repr(name) for name, source in features if name != source)
         dates = f", but of dates {named}" if named else ""
         each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
-        return f"takes the {width} features as they are in the data{dates}{each}, gives {answers} {units}"
+        return f"takes the {counted(width, 'feature')} as they are in the data{dates}{each}, gives {answers} {units}"
     if preprocessor.classes is None:
         gives = "values as the run scales them"
     else:
         gives = "a value for each class" if preprocessor.one_hot_targets else "class indices"
     return (
-        f"takes {width} columns as the run scales them ({preprocessor.scale}), gives {gives}; "
+        f"takes {counted(width, 'column')} as the run scales them ({preprocessor.scale}), gives {gives}; "
         "its metadata entry 'preprocessor' has the scaling"
     )

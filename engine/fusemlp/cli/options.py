@@ -8,7 +8,7 @@ Those of a training are the fields of ``fusemlp.tables.recipe``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,8 +230,7 @@ class ApplyOptions(UseOptions, TextOptions):
 
     def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""
-        form = replace(self.form(config["options"]), earlier=config["data"].get("decimals", {}))
-        return {"form": form, "notes": notes, "ignore_unused": self.ignore_unused}
+        return {"form": self.form(config["options"]), "notes": notes, "ignore_unused": self.ignore_unused}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import command_line, finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
 from fusemlp.describe.metrics import Judged
+from fusemlp.describe.text import counted
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence, guarantee_lines
@@ -61,12 +62,11 @@ def describe_training(session: Session) -> str:
 
 def describe_data(prepared: Prepared) -> str:
     """Return one line on the rows, after those on the reading of a table."""
-    about, outputs, inputs = prepared.summary, prepared.preprocessor.outputs, prepared.network.sizes[0]
-    target = "target" if prepared.preprocessor.classes is None else "class"
-    several = "" if outputs == 1 else "s" if target == "target" else "es"
-    rows = f"{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows"
+    about, inputs = prepared.summary, counted(prepared.network.sizes[0], "input")
+    outputs = counted(prepared.preprocessor.outputs, "target" if prepared.preprocessor.classes is None else "class")
+    rows = f"{about['name']}: {prepared.training_rows}, {counted(about['test_rows'], 'test row')}"
     notes = [note for note in prepared.notes if note not in prepared.warned]
-    return "\n".join([*notes, f"{rows}; {inputs} inputs, {outputs} {target}{several}"])
+    return "\n".join([*notes, f"{rows}; {inputs}, {outputs}"])
 
 
 def written(report: dict[str, Any], run: Run) -> list[str]:
@@ -82,9 +82,10 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"interrupted after epoch {report['epochs']}")
     elif report.get("models"):
         epochs = sorted({model["epochs"] for model in report["models"]})
-        spread = f"{epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"{epochs[0]}"
+        spread = f"{epochs[0]} to " if len(epochs) > 1 else ""
         stopped = f": {report['stopped']}" if report["stopped"] else ""
-        lines.append(f"{len(report['models'])} models after {spread} epochs{stopped}")
+        models, last = counted(len(report["models"]), "model"), counted(epochs[-1], "epoch")
+        lines.append(f"{models} after {spread}{last}{stopped}")
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += [*headline(report.get("test", {})), *verdict(report)]
@@ -140,9 +141,9 @@ def write_page(
     if report.get("models") and not report.get("diverged"):
         sizes = f"{len(report['models'])} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
     lines = [
-        f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); target {target}",
+        f"{prepared.training_rows}, {counted(about['test_rows'], 'test row')} ({about['test']}); target {target}",
         f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
-        f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
+        f"{engine.optimizer.kind}, batch {engine.batch_size}; {counted(epochs, 'epoch')}"
         + (f" in {report['seconds']:.1f} s" if "seconds" in report else ""),
         read_json(run.config)["command"],
         *prepared.notes,

@@ -14,6 +14,7 @@ from fusemlp.cli.options import PlotOptions, RunsOptions, TrainOptions
 from fusemlp.cli.output import check_output, decides_the_model, fitted, show, write_picture
 from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
+from fusemlp.describe.text import counted
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, joint, open_run, read_history, read_json, read_metrics
@@ -65,8 +66,9 @@ def runs(options: RunsOptions) -> None:
         differing = differences(group)
         content += [described(run, score, {name: run.options[name] for name in differing}) for run in group]
         title = f"{data} (rows {rows[:6]})" if sum(name == data for name, _ in groups) > 1 else data
-        count = f"{len(group)} run{'' if len(group) == 1 else 's'}"
-        title = f"{title}: {count}, by {score}, the {'largest' if larger(score) else 'least'} first"
+        title = (
+            f"{title}: {counted(len(group), 'run')}, by {score}, the {'largest' if larger(score) else 'least'} first"
+        )
         blocks.append("\n".join([title, *table(group, score, differing)]))
     if skipped:
         lines = [f"left out: {path.name}: {reason}" for path, reason in skipped[:MOST_NAMED]]

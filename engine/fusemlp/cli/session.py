@@ -25,7 +25,7 @@ from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table, read_names
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import aligned, listed
+from fusemlp.describe.text import aligned, counted, listed
 from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder
@@ -134,8 +134,8 @@ def column_lines(records: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
     parts = []
     for kind, count in Counter(record["became"] for record in records).most_common():
         inputs = sum(record["inputs"] for record in records if record["became"] == kind)
-        parts.append(f"{count} {kind}{f' ({inputs} inputs)' if inputs else ''}")
-    return [f"{len(records)} columns: {', '.join(parts)}; each in {run.columns}"]
+        parts.append(f"{count} {kind} ({counted(inputs, 'input')})" if inputs else f"{count} {kind}")
+    return [f"{counted(len(records), 'column')}: {', '.join(parts)}; each in {run.columns}"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,18 +255,12 @@ def prepared_data(
 ) -> Prepared:
     """Load the data of the options and prepare a training on them: see ``fusemlp.tables.preparation.prepare``."""
     check_rows(options)
-    earlier = {} if source is None else source.config["data"].get("decimals", {})
-    dataset = read_data(options, like if source is None else source.preprocessor, earlier)
+    dataset = read_data(options, like if source is None else source.preprocessor)
     return prepare(options, dataset, like=like, network=network, source=source)
 
 
-def read_data(
-    options: TrainOptions, like: Preprocessor | None = None, earlier: Mapping[str, str] | None = None
-) -> Dataset:
-    """Return the data set of the options, with the rows of their files; ``like`` has the columns of a run.
-
-    ``earlier`` has the decimal marks of its table.
-    """
+def read_data(options: TrainOptions, like: Preprocessor | None = None) -> Dataset:
+    """Return the data set of the options, with the rows of their files; ``like`` has the columns of a run."""
     assert options.data is not None, "checked where the options come in"
     for option in ("group", "time"):
         if getattr(options, option) is not None and options.validation is not None and options.test is not None:
@@ -277,7 +271,7 @@ def read_data(
             raise ArgumentError(f"{share}: --{part} has the {part} rows; give one of the options")
     drop, keep, categorical, ids = (getattr(options, name) or () for name in ("drop", "keep", "categorical", "id"))
     columns = ColumnChoices(drop, keep, categorical, ids, options.group, options.time, like, options.weight)
-    form = replace(options.form(), earlier=earlier or {})
+    form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     return with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
 

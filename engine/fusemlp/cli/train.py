@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping
@@ -22,11 +21,12 @@ from fusemlp.cli.session import Session
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import WINDOWS, as_count
 from fusemlp.describe.network import MLP
+from fusemlp.describe.text import counted
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, append_metrics, open_run, read_json
-from fusemlp.runtime.files import replace_file, write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
@@ -65,7 +65,8 @@ class Recorder(Callback):
         if is_best:
             engine.save_checkpoint(self.run.checkpoint("best"))
         if due and is_best and leading():
-            self._link_last()
+            # to save again would need all ranks
+            write_atomically(self.run.checkpoint("last"), self.run.checkpoint("best").read_bytes())
         elif due and not is_best:
             engine.save_checkpoint(self.run.checkpoint("last"))
 
@@ -89,18 +90,6 @@ class Recorder(Callback):
                     )
                 return
             del self._rows[0]
-
-    def _link_last(self) -> None:
-        """Make the checkpoint ``last`` a link to ``best``, which was just written."""
-        best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
-        temporary = last.with_name(f".{last.name}.tmp")
-        try:
-            temporary.unlink(missing_ok=True)
-            os.link(best, temporary)
-            replace_file(temporary, last)
-        except OSError:
-            # Without hard links, write a second file; to save again would need all ranks.
-            write_atomically(last, best.read_bytes())
 
 
 # The options that --resume accepts; all others keep the values of the run.
@@ -269,7 +258,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     def tell(member: Member) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
         forecast.skip(session.epochs - len(member.history.epochs))
-        epochs = f"{member.status} after {len(member.history.epochs)} epochs"
+        epochs = f"{member.status} after {counted(len(member.history.epochs), 'epoch')}"
         left = filter(None, [scores, str(forecast)])
         listener.say(f"model {member.index + 1} of {prepared.models}: {'; '.join([epochs, *left])}")
         listener.model(member, prepared.models, {"seed": options.seed + member.index})
@@ -289,7 +278,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
 
     def fits_all(epochs: int) -> None:
-        listener.say(f"final fit to all rows, {epochs} epochs in all")
+        listener.say(f"final fit to all rows, {counted(epochs, 'epoch')} in all")
         forecast.begin(0 if options.time_limit else epochs)
 
     listeners = training.Listeners(callbacks, tell, record, listener.say, fits_all)

@@ -17,6 +17,7 @@ from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
+from fusemlp.describe.text import counted
 from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Kept, Member, Point
@@ -318,7 +319,7 @@ def describe_sweep(plan: Plan) -> str:
     sampled = "a sample of " if plan.options.sample is not None else ""
     return (
         f"{report.describe_data(plan.prepared)}\n"
-        f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
+        f"{counted(total, 'model')}, {sampled}{product}; {counted(plan.epochs, 'epoch')}; {engine.loss.kind}; "
         f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
     )
 

@@ -30,13 +30,14 @@ _TIME = (
     r"\s*(?P<half>[AaPp][Mm])?\s*(?P<zone>Z|[-+]\d\d:?\d\d)?)?"
 )
 _YEAR_FIRST = re.compile(r"(?P<a>\d{4})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?P<c>\d{1,2})" + _TIME)
-_YEAR_LAST = re.compile(r"(?P<a>\d{1,2})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?P<c>\d{4})" + _TIME)
+_YEAR_LAST = re.compile(r"(?P<a>\d{1,2})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?P<c>\d{4}|\d\d)" + _TIME)
 
 
 def parse_date(text: str, order: str) -> datetime | None:
     """Return the date, with its time in UTC if it names a zone; None for other text.
 
-    A year of four digits in front stands before month and day in any order.
+    A year of four digits in front stands before month and day in any order. One of two digits, after points or slashes,
+    is of the hundred years from 1970 on.
     """
     match = _YEAR_FIRST.fullmatch(text)
     order = "ymd" if match else order
@@ -44,6 +45,10 @@ def parse_date(text: str, order: str) -> datetime | None:
     if match is None or (order == "mdy" and match["mark"] == ".") or (order == "ymd" and len(match["a"]) < 4):
         return None
     year, month, day = (int(match["abc"[order.index(letter)]]) for letter in "ymd")
+    if len(match["c"]) == 2 and order != "ymd":
+        if match["mark"] == "-":
+            return None
+        year += 2000 if year < 70 else 1900
     hour, minute, second = (int(match[part] or 0) for part in ("hour", "minute", "second"))
     if match["half"]:
         if not 1 <= hour <= 12:

@@ -20,7 +20,6 @@ from fusemlp_kernels.errors import DataError
 # but a column of numbers and words that has this many different values or fewer holds words.
 MOSTLY = 0.9
 _FEW = 20
-_OTHER = {".": ",", ",": "."}
 # Numbers that stand for missing cells in many tables, where they are far from the others.
 _STAND_INS = frozenset({-1.0, *(sign * (10.0**digits - 1) for sign in (-1, 1) for digits in range(1, 7))})
 # The number of rows with values that tell the kind of a column.
@@ -131,14 +130,15 @@ def _holds_numbers(rows: Mapping[str, int], decimal: str) -> bool:
 
 def stand_in(name: str, values: Array) -> list[str]:
     """Return a note on a number that may stand for missing cells, as -999 does; none without one."""
-    present = values[~np.isnan(values)] if values.dtype.kind in "iuf" else values[:0]
-    for value in {float(present.min()), float(present.max())} & _STAND_INS if len(present) else ():
-        others = present[present != value]
-        rows = len(present) - len(others)
+    if not len(values) or values.dtype.kind not in "iuf":
+        return []
+    for value in {float(np.fmin.reduce(values)), float(np.fmax.reduce(values))} & _STAND_INS:
+        others = values[~np.isnan(values) & (values != value)]
+        rows = np.count_nonzero(values == value)
         if rows < 2 or len(np.unique(others)) <= 10:
             continue
         low, high = float(others.min()), float(others.max())
-        far = max(low - value, value - high) >= high - low
+        far = max(low - value, value - high) >= high - low or (value < -1 and low >= 0)
         # -1 is near to counts, and then more frequent than the least of them
         if far or (value == -1 and low >= 0 and rows > 3 * np.count_nonzero(others == low)):
             text = f"column {name!r} holds {value:g} in {rows} rows, apart from its other numbers ({low:g} to {high:g})"
@@ -230,12 +230,8 @@ class Column:
         plain = self.with_types and not (
             any(map(_MARKED.search, rows)) and all(number(text, self.decimal) is not None for text in rows)
         )
-        if _holds_numbers(rows, self.decimal) and not plain:
-            self.kind = "number"
-            return
-        self.kind = self._order([*rows])
-        if self.kind == "word" and not plain and _holds_numbers(rows, _OTHER[self.decimal]):
-            self.notes.append(f"column {self.name!r}: {_other_mark(present[0], self.decimal)}")
+        number_like = not plain and any(_holds_numbers(rows, mark) for mark in ".,")
+        self.kind = "number" if number_like else self._order([*rows])
 
     def _order(self, texts: Sequence[str]) -> str:
         """Return the order of different texts that are dates, "word" if they are not; note what is unsure."""
@@ -405,12 +401,11 @@ class Target:
         counts = dict(zip(words, np.bincount(codes).tolist(), strict=True))
         valid = numbers[~np.isnan(numbers)]
         measured = (len(valid) and task == "regression") or (valid != np.floor(valid)).any()
-        if task != "classification" and (measured or _holds_numbers(counts, self.decimal)):
+        measured = measured or any(_holds_numbers(counts, mark) for mark in ".,")
+        if task != "classification" and measured:
             rows = np.flatnonzero(~self.missing)
             for row in wrong.tolist():
                 self.problems.add(self.name, int(rows[row]), _not_numeric(words[codes[row]], self.decimal, None))
-        elif task != "classification" and _holds_numbers(counts, _OTHER[self.decimal]):
-            self.problems.add(self.name, None, _other_mark(words[0], self.decimal))
         elif len(valid):
             first = (words[codes[row]] for row in (wrong[0], np.flatnonzero(~np.isnan(numbers))[0]))
             notes.append(_both(self.name, *first))
@@ -441,17 +436,14 @@ def _both(name: str, word: str, cell: str) -> str:
     )
 
 
-def _other_mark(cell: str, decimal: str) -> str:
-    other = _OTHER[decimal]
-    mend = f"leave out --decimal, which is recognised for each column, or give --decimal {other}"
-    return f"{cell!r} is a number by the decimal mark {other!r}, and a word by {decimal!r}; {mend}"
-
-
 def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:
     """Return the mistake; ``fixed`` is whether the kind of the column was given, None for the target."""
     if number(text, decimal) is not None:
         return f"{text!r} is not a finite number; correct it or delete the row"
-    mends = ["correct or delete it", f"take it as a missing cell with --missing {text.strip()!r}"]
+    marked = number(text, {".": ",", ",": "."}[decimal]) is not None
+    mends = ["correct or delete it", *(["change or leave out --decimal"] if marked else [])]
+    mends.append(f"take it as a missing cell with --missing {text.strip()!r}")
     mends += ["take the column as words with --categorical"] if fixed is False else []
     others = "the column held numbers in the training data" if fixed else "other values of the column are"
-    return f"{text!r} is not a number, but {others}; {', '.join(mends[:-1])}, or {mends[-1]}"
+    what = f"not a number with the decimal mark {decimal!r}" if marked else f"not a number, but {others}"
+    return f"{text!r} is {what}; {', '.join(mends[:-1])}, or {mends[-1]}"

@@ -73,7 +73,7 @@ class Dataset:
     guess: str = ""
     joins_spellings: bool = True
     weight: Array | None = None
-    decimals: Mapping[str, str] = field(default_factory=dict)
+    decimals: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.categories:

@@ -23,7 +23,7 @@ from fusemlp.datasets.dataset import missing_share, roles, targets_in, times, we
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, Place
 from fusemlp.datasets.textfiles import MISSING, Form
-from fusemlp.describe.text import listed, meant
+from fusemlp.describe.text import counted, listed, meant, some
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
@@ -31,6 +31,8 @@ TASKS = ("classification", "regression")
 NAMES = ("digits", *tables.SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
+# Words of a last row that is no row.
+_SUMS = ("total", "totals", "grand total", "sum", "summe", "gesamt")
 # More classes than this are worth a note if they are a guess, and counts if one has this share of the mean class.
 MANY_CLASSES, RARE = 10, 1 / 20
 
@@ -146,7 +148,7 @@ def _read_like(
     typed: bool = False,
 ) -> tuple[Features, dict[str, Array]]:
     """Return the features of a table by the training's columns, and its columns; no names mean no header."""
-    names = like.feature_names
+    names, form = like.feature_names, replace(form, earlier=dict(like.decimals))
     if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
         form = replace(form, header=False)
     present, kinds = tables.read_names(path, form), _kinds(like)
@@ -257,6 +259,7 @@ def _existing(source: Any) -> Place:
 
 
 def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices, task: str | None) -> Dataset:
+    form = form if columns.like is None else replace(form, earlier=dict(columns.like.decimals))
     names = tables.read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target (--target COLUMN); the columns are {listed(names)}")
@@ -292,6 +295,9 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
     column_roles = roles(names, targets, columns, table, inputs, reasons)
+    for name, column in table.items():
+        if column.dtype.kind == "O" and column[-1].lower().rstrip(":") in _SUMS:
+            notes.append(f"the last row holds {column[-1]!r} in {name!r}: delete it if it is the sum of the others")
     # The columns that are left out take no memory any longer.
     table = {name: table[name] for name in aside}
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in codes.ORDERS)
@@ -302,7 +308,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     X, categories = coded(inputs, kept, like, notes)
     alone = 0 if group is None else round(missing_share(table[group]) * len(y))
     if alone:
-        notes.append(f"{alone} rows have no {group!r} and count as one group")
+        notes.append(f"{counted(alone, 'row')} without {group!r} count as one group")
     return Dataset(
         path.name,
         X,
@@ -319,7 +325,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
         weight=None if weight is None else table[weight],
-        decimals=decimals if "," in decimals.values() else {},
+        decimals=tuple(decimals.items()) if "," in decimals.values() else (),
     )
 
 
@@ -395,11 +401,7 @@ def coded(
         if absent:
             missing[source] = absent
     if missing:
-        notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
+        notes.append(f"missing cells, filled in: {some([f'{count} in {name!r}' for name, count in missing.items()])}")
     if unseen:
-        notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
+        notes.append(f"words unseen in training, taken as one other category: {some(unseen)}")
     return X, tuple(categories)
-
-
-def _some(parts: list[str]) -> str:
-    return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")

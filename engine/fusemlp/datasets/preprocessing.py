@@ -78,7 +78,7 @@ class Preprocessor:
     ``target_low``, the least of the training rows, counts as that one there. ``ids`` are the columns that name the rows
     of a table, ``unused`` its other columns that are no inputs. With ``joins_spellings`` a new word or label that reads
     as the same number as a single one of the training data, "10" as "10.0", is that one; earlier releases, whose
-    preprocessors lack the entry, took it for an unseen one.
+    preprocessors lack the entry, took it for an unseen one. ``decimals`` are the dataset's.
     """
 
     task: str
@@ -104,6 +104,7 @@ class Preprocessor:
     target_log: bool = False
     target_low: float = 0.0
     joins_spellings: bool = False
+    decimals: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def fit(
@@ -186,6 +187,7 @@ class Preprocessor:
             target_log=log_targets and classes is None,
             target_low=low,
             joins_spellings=dataset.joins_spellings,
+            decimals=dataset.decimals,
         )
 
     @property

@@ -56,8 +56,7 @@ def with_files(
                 raise ArgumentError(f"{option}: {path!r} is the file of {other} too; give a file with other rows")
         earlier[f"--{option}"] = path
         notes: list[str] = []
-        as_there = replace(form or Form(), earlier=dataset.decimals)
-        X, labels = load_labelled(path, dataset, form=as_there, notes=notes)
+        X, labels = load_labelled(path, dataset, form=form, notes=notes)
         y = _alike(path, labels, dataset)
         if dataset.task == "classification":
             strange = np.setdiff1d(y, dataset.classes).tolist()

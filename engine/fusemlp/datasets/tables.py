@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -185,8 +185,10 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
         finally:
             book.close()
 
-    first = next(((texts for _, texts in rows())), [])
-    names, header = textfiles.headed(path, first, ["."] * len(first), form)
+    sample = [texts for _, texts in itertools.islice(rows(), textfiles.SAMPLE)]
+    # numbers have no mark in a sheet, texts may have one
+    form = replace(form, decimal=None)
+    names, header, decimals = textfiles.headed(path, sample[0] if sample else [], sample, ",", form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         for line, texts in itertools.islice(rows(), int(header), None):
@@ -195,7 +197,7 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
         return textfiles.as_batches(records(), len(names), columns, ragged)
 
-    return OpenTable(names, batches, records=records, said=said)
+    return OpenTable(names, batches, decimals, records, said=said)
 
 
 def excel(path: Path | str) -> Any:
@@ -350,7 +352,8 @@ def choose_columns(
     wanted = present - set(drop) if features is None else set(features)
     missing, columns = [name for name in features or () if name not in present], f"the columns are {listed(names)}"
     if absent := [name for name in targets if name not in present]:
-        raise DataError(f"{source}: there is no target column {listed(absent)}; {columns}{meant(absent, names)}")
+        near = meant(absent, names) or "; give another --target"
+        raise DataError(f"{source}: there is no target column {listed(absent)}; {columns}{near}")
     if missing:
         near = meant(missing, [name for name in names if name not in wanted])
         mend = " If so, rename in the table." if near else "; add what is missing, with empty cells where unknown"
@@ -436,8 +439,8 @@ def _refuse(source: Place, problems: Problems, opened: OpenTable) -> None:
             problems.add(
                 "",
                 line,
-                f"expected {len(opened.names)} fields, as the header has, found {len(row)}; put quotes around fields "
-                f"that contain {opened.sep!r}",
+                f"expected {len(opened.names)} fields, as the header has, found {len(row)}; delete the line if it is a "
+                f"note, or put quotes around fields that contain {opened.sep!r}",
             )
     problems.check(lambda row: f"line {lines[row]}")
     raise DataError(f"{source}: some rows have another number of fields than the header, which has {len(opened.names)}")

@@ -30,8 +30,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 SEPARATORS = {"\t": "tab", "|": "'|'", ";": "';'", ",": "','"}
 MISSING = frozenset({"", "NA", "N/A", "n/a", "#NA", "#N/A", "<NA>", "NaN", "nan", "null", "NULL", "None", "?"})
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
-# The number of lines that separator and decimal mark are recognised from.
-_SAMPLE = 1000
+# The number of lines that separator and decimal marks are recognised from.
+SAMPLE = 1000
 _BYTES = 2**20
 # The characters of a line: a block of 16 times as many bytes is the largest that Arrow takes.
 _LONGEST = 2**27 - 1
@@ -121,17 +121,12 @@ def open_text(path: Path, form: Form) -> OpenTable:
     """Return a text file as rows of text."""
     encoding, marks = _inspect(path, form.encoding)
     with _open(path) as raw, io.TextIOWrapper(raw, encoding, newline="") as stream:
-        sample = list(itertools.islice(iter(lambda: stream.readline(_LONGEST), ""), _SAMPLE))
+        sample = list(itertools.islice(iter(lambda: stream.readline(_LONGEST), ""), SAMPLE))
     if any(len(line) == _LONGEST for line in sample):
         raise DataError(f"{path}: a line has {_LONGEST:,} characters or more; a line break may be missing")
     sep = form.sep or _separator(sample)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
-    shown, usual, sure = _marks(sample, sep)
-    names, header = headed(path, first, [form.decimal or mark or usual for mark in shown], form)
-    # a file that shows its mark stands above an earlier one, unless that had both
-    known = {} if sure and len({*form.earlier.values()}) < 2 else form.earlier
-    named = zip(names, shown, strict=False)
-    decimals = {name: form.decimal or mark or known.get(name, usual) for name, mark in named}
+    names, header, decimals = headed(path, first, _cells(sample, sep), sep, form)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -169,16 +164,21 @@ def open_text(path: Path, form: Form) -> OpenTable:
     return OpenTable(names, batches, decimals, records, sep, said)
 
 
-def headed(path: Path, first: list[str], marks: Sequence[str], form: Form) -> tuple[list[str], bool]:
-    """Return the names of the columns, and whether the first row holds them."""
-    if form.header is False or (form.header is None and _is_data(first, marks)):
-        if not first:
-            raise DataError(f"{path}: expected rows of a table, found an empty file")
-        return [f"column_{index}" for index in range(1, len(first) + 1)], False
-    names = [name.strip() or f"column_{index}" for index, name in enumerate(first, 1)]
-    if not names:
-        raise DataError(f"{path}: expected a header line with the column names, found an empty file")
-    return names, True
+def headed(
+    path: Path, first: list[str], rows: list[list[str]], sep: str, form: Form
+) -> tuple[list[str], bool, dict[str, str]]:
+    """Return the names of the columns, whether the first row holds them, and their decimal marks by some ``rows``."""
+    shown, usual, sure = _marks(rows, sep)
+    if not first:
+        what = "rows of a table" if form.header is False else "a header line with the column names"
+        raise DataError(f"{path}: expected {what}, found an empty file")
+    marks = [form.decimal or mark or usual for mark in shown]
+    header = form.header is not False and (form.header or not _is_data(first, marks))
+    names = [(header and name.strip()) or f"column_{index}" for index, name in enumerate(first, 1)]
+    # a file that shows its mark stands above an earlier one, unless that had both
+    known = {} if sure and len({*form.earlier.values()}) < 2 else form.earlier
+    named = zip(names, shown, strict=False)
+    return names, header, {name: form.decimal or mark or known.get(name, usual) for name, mark in named}
 
 
 def _said(path: Path, sep: str, decimals: Mapping[str, str], encoding: str, *, header: bool) -> str | None:
@@ -330,14 +330,14 @@ def _separator(sample: list[str]) -> str:
     return best if score(best)[0] else ","
 
 
-def _marks(sample: list[str], sep: str) -> tuple[list[str], str, bool]:
+def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
     """Return the decimal mark of each column by its own numbers, "" if open; that of all; and whether numbers show it.
 
     Three digits after a mark may be thousands: such a number counts only where nothing else decides, and for a comma
     only in a file separated by semicolons, as spreadsheets write it where the comma is the decimal mark. A column
     decides by itself if most of its marks are sure.
     """
-    columns = [Counter(map(_shown, cells)) for cells in itertools.zip_longest(*_cells(sample, sep), fillvalue="")]
+    columns = [Counter(map(_shown, cells)) for cells in itertools.zip_longest(*rows, fillvalue="")]
     counts: Counter[str] = sum(columns, Counter())
 
     def most(of: Counter[str]) -> str:

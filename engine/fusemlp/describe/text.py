@@ -16,6 +16,11 @@ def bytes_text(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000.0 else f"{size:.0f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 row, 2 rows, 3 classes."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: Container[int] = (0,)) -> str:
     """Return rows as aligned text, the columns ``left`` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -69,10 +74,14 @@ class Problems:
             raise DataError(f"{self.source}: {total} mistakes:\n  " + "\n  ".join(shown))
 
 
+def some(parts: Sequence[str], most: int = 20) -> str:
+    """Return parts as text, at most this many of them."""
+    return ", ".join(parts[:most]) + (f" and {len(parts) - most} more" if len(parts) > most else "")
+
+
 def listed(names: Iterable[object]) -> str:
     """Return names as text, at most thirty of them."""
-    shown = [repr(name) for name in names]
-    return ", ".join(shown) if len(shown) <= 30 else ", ".join(shown[:30]) + f" and {len(shown) - 30} more"
+    return some([repr(name) for name in names], 30)
 
 
 def meant(given: Iterable[str], names: Iterable[str]) -> str:

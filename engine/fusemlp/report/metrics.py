@@ -13,12 +13,17 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.losses import ElementLoss, GaussianNLL, Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, metrics_for, rises
+from fusemlp.describe.text import counted, some
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 
 # A linear model of this many numbers, inputs times classes, takes a second or two, and about 250 MB.
 MOST_NUMBERS = 20_000_000
 ITERATIONS = 200
+# A class with fewer test rows may go unanswered by chance.
+FEWEST_MISSED = 5
+# Columns that a verdict names.
+MOST_NAMED = 8
 # The most inputs of a logistic regression by Newton's method, whose matrix has a row and a column for each.
 NEWTON_INPUTS = 1000
 
@@ -192,11 +197,12 @@ def confusion_table(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def baselines(
-    preprocessor: Preprocessor, X: Array, labels: Array, test_X: Array, test_labels: Array
+    preprocessor: Preprocessor, X: Array, labels: Array, test_X: Array, test_labels: Array, *, balanced: bool = False
 ) -> dict[str, dict[str, float]]:
     """Return the test scores of both, fitted on X (n, inputs), which may be overwritten, and the labels.
 
-    "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
+    "constant" is the shares of the classes or the mean, "linear" a logistic regression, of classes that weigh alike if
+    ``balanced``, or a ridge regression.
     """
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
@@ -219,7 +225,8 @@ def baselines(
         # beside other work the threads of a BLAS wait for one another
         with warnings.catch_warnings(), threadpool_limits(1, "blas"):
             warnings.simplefilter("ignore")
-            model = LogisticRegression(max_iter=ITERATIONS, solver=solver).fit(X, codes)
+            weight = "balanced" if balanced else None
+            model = LogisticRegression(max_iter=ITERATIONS, solver=solver, class_weight=weight).fit(X, codes)
         linear[:, model.classes_] = np.concatenate([model.predict_proba(part) for part in dense_parts(test_X)])
     predicted = {"constant": constant, "linear": linear}
     return {name: figures(Judged(right, p.argmax(axis=1), p), probable=True) for name, p in predicted.items()}
@@ -254,35 +261,42 @@ def ridge(X: Array, values: Array, test_X: Array) -> Array:
     return np.asarray(np.concatenate([part @ weights for part in dense_parts(test_X)]) + (mean - centre @ weights))
 
 
-def _standing(report: Mapping[str, Any]) -> tuple[list[float], float] | None:
-    """Return the test accuracy, or R2, of the model and of each baseline, and what twice the standard error is.
+def _standing(report: Mapping[str, Any]) -> tuple[str, list[float], float] | None:
+    """Return the figure that judges, its values of the model and of each baseline, and twice the standard error.
 
-    Of a share p the error is sqrt(p (1 - p) / n), of R2 in large samples 2 sqrt(R2 / n) (1 - R2) (Olkin and Finn,
+    It is the accuracy, or the one that the report is ``judged_by``, and R2 of numbers.
+
+    Of a share p the error is sqrt(p (1 - p) / n), of the mean of such shares the root of their mean square over the
+    root of their number, of R2 in large samples 2 sqrt(R2 / n) (1 - R2) (Olkin and Finn,
     "Correlations redux", 1995). None where they are undefined, and for a quantile that is not the median: it is to be
     wrong on one side.
     """
     models = [report.get("test", {}), *report.get("baselines", {}).values()]
     test, classifies = models[0], "accuracy" in models[0]
-    shares = [scores.get("accuracy" if classifies else "r2") for scores in models]
+    figure = report.get("judged_by", "accuracy") if classifies else "r2"
+    shares = [scores.get(figure) for scores in models]
     if len(shares) < 3 or not all(share is not None and math.isfinite(share) for share in shares):
         return None
     half = test.get("mae", 0.0) / 2.0
     if not classifies and not math.isclose(test.get("pinball", half), half, rel_tol=1e-4):
         return None
     mine, rows = max(0.0, shares[0]), test["rows"]
-    error = math.sqrt(mine * (1.0 - mine) / rows) if classifies else 2.0 * math.sqrt(mine / rows) * (1.0 - mine)
-    return shares, 2.0 * error
+    if not classifies:
+        return figure, shares, 4.0 * math.sqrt(mine / rows) * (1.0 - mine)
+    classes = [] if figure == "accuracy" else [(c["recall"], c["rows"]) for c in test["classes"].values() if c["rows"]]
+    parts = classes or [(mine, rows)]
+    return figure, shares, 2.0 * math.sqrt(sum(share * (1.0 - share) / n for share, n in parts)) / len(parts)
 
 
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each baseline that is better on the test rows, the linear one by more than chance.
 
-    The accuracy decides, of numbers the rmse; of several targets, which may have other units, the mean R2.
+    The figure of ``_standing`` decides, of numbers the rmse; of several targets, whose units may differ, the mean R2.
     """
     if (standing := _standing(report)) is None:
         return
-    ((mine, *others), chance), test = standing, report["test"]
-    figure = "accuracy" if "accuracy" in test else "r2" if "targets" in test else "rmse"
+    (figure, (mine, *others), chance), test = standing, report["test"]
+    figure = "rmse" if figure == "r2" and "targets" not in test else figure
     for (name, scores), theirs in zip(report["baselines"].items(), others, strict=True):
         if theirs - mine > (chance if name == "linear" else 0.0):
             against = f"{test[figure]:.4g} against {scores[figure]:.4g}"
@@ -290,33 +304,38 @@ def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def verdict(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line on the test scores beside those of the baselines, and a line on what to do with the model.
+    """Yield a line on the test scores beside those of the baselines, and lines on what to do with model and columns.
 
     A gain of less than two standard errors may be chance.
     """
-    if (standing := _standing(report)) is None:
-        return
-    shares, chance = standing
+    if (standing := _standing(report)) is not None:
+        yield from _judgement(report, *standing)
+    if left_out := report.get("left_out"):
+        reasons = some([f"{name!r} ({reason})" for name, reason in left_out.items()], MOST_NAMED)
+        yield f"it does not use the columns {reasons}; --keep COLUMN takes one in"
+
+
+def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], chance: float) -> Iterator[str]:
     (mine, least, linear), test = (max(0.0, share) for share in shares), report["test"]
-    rows = test["rows"]
-    if "accuracy" in test:
-        line = f"right on {mine:.1%} of {rows} test rows, a linear model on {linear:.1%}"
+    rows = counted(test["rows"], "test row")
+    if figure != "r2":
+        of = rows if figure == "accuracy" else f"the rows of a class on average, {rows} in all"
+        line = f"right on {mine:.1%} of {of}, a linear model on {linear:.1%}"
         yield f"{line}, the most frequent class alone on {least:.1%}"
     else:
-        line = f"explains {mine:.1%} of the variation in {rows} test rows, a linear model {linear:.1%}"
+        line = f"explains {mine:.1%} of the variation in {rows}, a linear model {linear:.1%}"
         # the errors of several targets may have other units
         if "targets" not in test:
             both = test, report["baselines"]["constant"]
             off, alone = (plain(float(f"{scores['mae']:.3g}")) for scores in both)
             line += f"; off by {off} on average, the mean alone by {alone}"
         yield line
-    never = [row for row in class_table(report["test"])[1:] if row[4] != "0" == row[5]] if "classes" in test else []
+    table = class_table(test)[1:] if "classes" in test else []
+    never = [row for row in table if row[5] == "0" and int(row[4]) >= FEWEST_MISSED]
     if never:
         more = f" and {len(never) - 1} other classes" if len(never) > 1 else ""
-        yield (
-            f"it never answers {never[0][0]!r} (true of {never[0][4]} rows){more}: train with --class-weight balanced, "
-            "or decide by the probabilities"
-        )
+        mend = "train with --class-weight balanced, or " if figure == "accuracy" else ""
+        yield f"it never answers {never[0][0]!r} (true of {never[0][4]} rows){more}: {mend}decide by the probabilities"
     elif mine <= least:
         yield "it has learned nothing of use: look at its training, and try rates with fusemlp lr-find"
     elif abs(mine - linear) <= chance:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ import numpy as np
 
 from fusemlp.datasets.tables import reason
 from fusemlp.describe.metrics import rises
+from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance, guarantee_lines
@@ -96,7 +95,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
         shown = [[of[name], spelled(sizes[name]), f"cover {covered} of test rows"] for name in of if name in sizes]
         tiles += shown or [[f"cover of {level} intervals", covered]]
     lines = [f"{line[0].upper()}{line[1:]}." for line in verdict(report)]
-    section: Section = {"title": f"Scores on {test['rows']} test rows", "verdict": lines, "tiles": tiles}
+    section: Section = {"title": f"Scores on {counted(test['rows'], 'test row')}", "verdict": lines, "tiles": tiles}
     if "classes" in test:
         section["folded"] = "scores of each class", class_table(test), len(test["classes"]) <= MOST_OPEN
     if "quantiles" in test:
@@ -181,7 +180,7 @@ def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
 def _importance(importance: Importance, image: tuple[int, int] | None) -> Section:
     """Return a bar for each column, or for an image a heat map."""
     metric, way = _named(importance.metric), "falls" if rises(importance.metric) else "rises"
-    note = f"How far {metric} {way} when values are permuted among {importance.rows} test rows; "
+    note = f"How far {metric} {way} when values are permuted among {counted(importance.rows, 'test row')}; "
     note += f"mean and deviation of {REPEATS} permutations."
     worse = np.maximum(importance.worse, 0.0)
     greatest = max(float(worse.max()), 1e-300)
@@ -240,14 +239,13 @@ def _value(value: Any, labels: Sequence[str]) -> str:
 
 def png(pixels: Array) -> bytes:
     """Return a grey picture (h, w) as a PNG file, its darkest value black and its lightest white."""
-    low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+    # matplotlib needs it too
+    from PIL import Image
+
+    low, high, stream = float(np.nanmin(pixels)), float(np.nanmax(pixels)), io.BytesIO()
     grey = np.nan_to_num((pixels - low) / ((high - low) or 1.0) * 255).astype(np.uint8)
-    lines = b"".join(b"\0" + line.tobytes() for line in grey)
-    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
+    Image.fromarray(grey).save(stream, format="png")
+    return stream.getvalue()
 
 
 # Colours of a figure, and the variables of the page's style that take their places, in the light and in the dark.

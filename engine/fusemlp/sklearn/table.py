@@ -37,7 +37,7 @@ from fusemlp.report.explanations import METHODS, Attributions, column_attributio
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
-from fusemlp.sklearn.table_rows import as_table, read, with_target, with_validation
+from fusemlp.sklearn.table_rows import as_table, form_of, read, with_target, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TableRecipe, name_of
 from fusemlp.tables.training import Listeners, Trained, report_of, train_table
@@ -52,6 +52,7 @@ _HELP = {
     "norm": "Normalise the rows of hidden layers before the activation: layer, rms, or objects; one, or one for each.",
     "dropout": "Probability of dropping a hidden unit in a training step; one, or one for each hidden layer.",
     "drop": "Names of columns to leave out; those of an array are x0, x1, ...",
+    "missing": "Words and numbers that stand for missing cells, beside None and NaN, such as ('unknown', -999).",
     "loss": "A name, or an object such as Huber(2.0); None is cross_entropy for classes, mse for numbers.",
     "optimizer": "A name, or an object such as AdamW(weight_decay=0.1).",
     "lr": "A number, or a schedule such as Cosine(0.01); None leaves the optimizer's own.",
@@ -84,6 +85,7 @@ class TableParameters(TableRecipe):
     drop: Any = ()
     keep: Any = ()
     categorical: Any = ()
+    missing: Any = ()
     test_fraction: float = 0.0
     epochs: int = TABLE_EPOCHS
     early_stopping: int | None = PATIENCE
@@ -219,7 +221,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
                 engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
         # that of one model, where several were merged
         net, options = network.MLP.from_config(config["network"]), config["options"]
-        of_rows = ("drop", "keep", "categorical", "group", "time", "weight", "validation_fraction")
+        of_rows = ("drop", "keep", "categorical", "missing", "group", "time", "weight", "validation_fraction")
         chosen = {name: options[name] for name in (*of_rows, "metric", "time_limit") if name in options}
         estimator = cls(
             preset="tabm" if net.members > 1 else None,
@@ -258,7 +260,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         """Return the network's inputs of a table's rows."""
         check_is_fitted(self)
         notes: list[str] = []
-        features = load_features(as_table(self, X), self.preprocessor_, notes=notes)
+        features = load_features(as_table(self, X), self.preprocessor_, form=form_of(self), notes=notes)
         _tell(notes)
         codes = self.engine_.inputs.reads_codes
         return network_inputs(self.preprocessor_, features, self.engine_.precision, codes=codes)
@@ -273,7 +275,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         frame, notes = as_table(self, X), list[str]()
         kept, labels = with_target(frame.table, y, self._checked_targets, notes)
         _tell(notes)
-        return load_features(frame, self.preprocessor_)[kept], labels
+        return load_features(frame, self.preprocessor_, form=form_of(self))[kept], labels
 
     def explain(
         self, X: Any, y: Any = None, *, method: str = "permutation", background: Any = None, **options: Any

@@ -14,12 +14,19 @@ from fusemlp.datasets.dataset import ColumnChoices, Dataset, weights
 from fusemlp.datasets.load import load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
+from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 
 # Missing values of Python, NumPy and pandas, as text.
 _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
+
+
+def form_of(estimator: Any) -> Form:
+    """Return the form of an estimator's tables: the words that stand for missing cells."""
+    missing = estimator.missing
+    return Form(missing=[missing] if isinstance(missing, str) else [str(word) for word in missing or ()])
 
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
@@ -125,7 +132,7 @@ def read(
     columns = ColumnChoices(drop, keep, words, like=like, **asked)
     # the targets have been checked: numbers stand for them
     numbered = Frame("X", table.append_column(target, [np.arange(table.num_rows)]))
-    dataset = load_data(numbered, target=target, task="regression", columns=columns)
+    dataset = load_data(numbered, target=target, task="regression", form=form_of(estimator), columns=columns)
     # those of a data frame have names
     name = ",".join(map(str, y.columns)) if hasattr(y, "columns") else str(getattr(y, "name", None) or target)
     name = target if name in table.column_names else name
@@ -143,7 +150,7 @@ def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: C
     if width != expected:
         raise ShapeError(f"y_val: expected {expected} targets, as y has, got {width}; give each row the targets of y")
     labels = labels.reshape(-1, *dataset.y.shape[1:])
-    features = load_features(Frame("X", table.take(kept)), dataset, notes=notes)
+    features = load_features(Frame("X", table.take(kept)), dataset, form=form_of(estimator), notes=notes)
     if dataset.task == "classification":
         strange = np.setdiff1d(labels, dataset.classes)
         if len(strange):

@@ -26,6 +26,7 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.text import counted
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable
@@ -94,14 +95,14 @@ class Prepared:
             **counts,
             "test": held if self.dataset.test is None else self.dataset.test_source,
             "notes": list(self.notes),
-            **({"decimals": self.dataset.decimals} if self.dataset.decimals else {}),
         }
 
     @property
     def training_rows(self) -> str:
         """The rows to train and to validate on, as text."""
         if self.folds:
-            return f"{len(self.train)} training rows, in {len(self.folds)} folds to validate on"
+            folds = counted(len(self.folds), "fold")
+            return f"{counted(len(self.train), 'training row')}, in {folds} to validate on"
         return f"{len(self.train)} training, {len(self.validation or ())} validation"
 
     @property
@@ -285,6 +286,8 @@ def prepare(
         recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify)
         plain, recipe = (defaults.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (defaults.with_batch(part, rows_of_table) for part in (plain, recipe))
+    if dataset.y.ndim == 1 and (dataset.y == dataset.y[0]).all():
+        notes.append(f"the target {dataset.target_name!r} is {dataset.y[0]} in all rows: choose another one")
     reads = defaults.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     fitted = np.arange(len(dataset.y)) if recipe.final_fit else training

@@ -11,7 +11,6 @@ import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.describe.adversarial import IBP, as_adversary
-from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, Metric, metrics_for
@@ -26,7 +25,7 @@ from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import TableRecipe
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import ArgumentError, DivergenceError
+from fusemlp_kernels.errors import ArgumentError, DivergenceError, unknown_name
 
 # The share of a time limit for the training before a final fit, whose rows are more.
 BEFORE_FINAL_FIT = 0.4
@@ -135,11 +134,12 @@ def watched(prepared: Prepared) -> dict[str, Any]:
             f"{', '.join(dict.fromkeys([*metrics, *names]))}"
         )
     short = f"val_{metric}" if metric in metrics else metric
-    monitor = check_choice("metric", short, [*dict.fromkeys([*names, *of_training])])
-    score = metrics.get(monitor.removeprefix("val_"))
+    if short not in (monitors := [*dict.fromkeys([*names, *of_training])]):
+        raise unknown_name("metric", metric, monitors, prefix="val_")
+    score = metrics.get(short.removeprefix("val_"))
     if score is None or not numbers:
-        return {"monitor": monitor}
-    return {"monitor": monitor, "metrics": [InUnits(**vars(score), decode=preprocessor.decode_predictions)]}
+        return {"monitor": short}
+    return {"monitor": short, "metrics": [InUnits(**vars(score), decode=preprocessor.decode_predictions)]}
 
 
 def fit_arguments(prepared: Prepared) -> dict[str, Any]:
@@ -362,6 +362,8 @@ def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
         "dead_units": dead,
         "diagnosis": [asdict(finding) for finding in history.diagnose(dead, **known, python=False)],
     }
+    if left_out := {role.name: role.note for role in prepared.dataset.roles if role.kind == "left out"}:
+        report["left_out"] = left_out
     if engine.privacy is not None:
         report["privacy"] = engine.privacy_spent()
     tested = _judged(trained, report) if trained.failure is None else None
@@ -387,7 +389,10 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
         elif attack is not None:
             report["robust"] = robust_score(engine, preprocessor, test.X, test.labels, attack, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(preprocessor.classes or ())))
-        report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels)
+        weights = prepared.recipe.class_weight
+        balanced = isinstance(weights, str) and weights == "balanced"
+        report |= {"judged_by": "balanced_accuracy"} if balanced else {}
+        report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels, balanced=balanced)
         if isinstance(engine.loss, Quantiles):
             constant = np.quantile(np.asarray(seen[1], np.float64), engine.loss.q)
             scores = quantile_figures(engine.loss, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))

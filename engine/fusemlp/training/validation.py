@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
 from fusemlp.runtime.forward import Evaluate, metrics_of
@@ -208,7 +209,9 @@ class FitPolicy(Policy):
         """Return the epochs that are left, or 0 after ``patience`` epochs without a better monitored quantity."""
         state = self.state
         if self.patience is not None and state.waited >= self.patience:
-            state.history.stopped = f"{self._monitor} has not improved for {state.waited} epochs{self._restored}"
+            state.history.stopped = (
+                f"{self._monitor} has not improved for {counted(state.waited, 'epoch')}{self._restored}"
+            )
             return 0
         return max(0, state.last_epoch - state.epoch)
 
