@@ -142,13 +142,15 @@ def test_a_tall_narrow_result_is_covered_without_empty_columns(width):
 def test_the_parts_of_a_batch_count_as_programs():
     arch, shapes = configs.Architecture("sm_90", 132), [(64, 64)] * 3
     sizes = []
-    for parts in (1, 8, 32, 64):
+    for parts in (1, 8, 32, 96):
         tile = configs.product_tile(arch, "weight", "fp32", shapes, parts=parts)
         sizes.append((tile.rows, tile.columns))
         programs = parts * sum(tile.count(*shape) for shape in shapes)
         assert programs >= 132 or tile == configs.tiles("sm_90", "weight", "fp32")[-1]
     # larger tiles read each matrix less often
     assert sizes == [(16, 32), (16, 32), (32, 64), (64, 64)]
+    # 16 x 32 would take turns: 288 programs of 32 x 64 run at once
+    assert configs.product_tile(arch, "weight", "fp32", [(512, 784), (256, 512), (10, 256)]).columns == 64
     # nothing to sum but biases
     assert configs.product_tile(arch, "weight", "fp32", []) == configs.tiles("sm_90", "weight", "fp32")[-1]
 

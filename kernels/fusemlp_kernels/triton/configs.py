@@ -1,10 +1,10 @@
 """The choice of a kernel's tiles, from tables by architecture and precision, without timing.
 
 A choice depends on shapes alone, so that the same network gets the same bits. Tiles are listed from the largest down.
-The choice is the largest that still gives every multiprocessor a program, else the smallest; the parts of a batch count
-as programs, and a tile's sides are no longer than powers of two that hold the results, unless the smallest's are. The
-entries compile without spills on the architecture (``ci/kernel_resources.json``); ``python -m bench tune`` on a card
-finds the fastest.
+The choice is the smallest that gives every multiprocessor a program and whose programs run all at once; else the
+largest that gives every one a program; else the smallest. The parts of a batch count as programs, and a tile's sides
+are no longer than powers of two that hold the results, unless the smallest's are. The entries compile without spills
+on the architecture (``ci/kernel_resources.json``); ``python -m bench tune`` on a card finds the fastest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Tile:
 
     ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD), and the loads under way
     at a time. The epilogue runs in ``parts``, side by side, to fit the registers. The reduction is cut into ``split``
-    parts, one for each warp. A multiprocessor holds ``programs`` or more at a time.
+    parts, one for each warp. A multiprocessor holds ``programs`` or more at a time, so that the loads of one run beside
+    the products of another.
     """
 
     rows: int
@@ -87,8 +88,6 @@ class Architecture:
 
 # Families whose ``linear`` and ``grad_input`` read 16-bit matrices by tensor descriptors, and the least rows of a tile.
 DESCRIBED = {"sm_90": 128}
-# Tiles that get half of the registers, so that the end of a program runs beside the products of another; by family.
-PAIRED = {"sm_90": (Tile(128, 128, 64, 8, 3, 8),)}
 
 
 def takes_descriptors(arch: Architecture, precision: str, tile: Tile) -> bool:
@@ -148,7 +147,8 @@ def family_of(target: str) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first. "deep", "deep_output": small results.
+# fields of ``Tile``, with ``programs`` last. "resident": those of ``ResidentTile``, smallest first. "deep" and
+# "deep_output" are for small results.
 # In an output's tile a thread has two logits of a row at least: of one, the compiler fuses the product
 # of two numbers with the sum over threads, which then differs in its last bit from thread to thread. The weights of
 # sm_90 in fp32 have no tile of 32 x 32, where warps repeat each other's products, and none of 128 x 64, of which a
@@ -162,7 +162,7 @@ def _kind(precision: str) -> str:
 
 def tiles(family: str, product: str, precision: str) -> tuple[Tile, ...]:
     """Return the tiles that ``product_tile`` chooses from; ``product``: "forward" or "weight"."""
-    return tuple(Tile(*row) for row in TABLES[family][product][_kind(precision)])
+    return tuple(Tile(*row[:7], programs=(row[7:] or [1])[0]) for row in TABLES[family][product][_kind(precision)])
 
 
 def output_tiles(family: str) -> tuple[Tile, ...]:
@@ -188,8 +188,10 @@ def product_tile(
     rows = max(1 << (tall - 1).bit_length(), table[-1].rows)
     columns = max(1 << (wide - 1).bit_length(), table[-1].columns)
     fits = [tile for tile in table if tile.rows <= rows and tile.columns <= columns]
-    counts = (parts * sum(tile.count(*shape) for shape in shapes) for tile in fits)
-    return next((tile for tile, count in zip(fits, counts, strict=True) if count >= arch.processors), fits[-1])
+    counts = {tile: parts * sum(tile.count(*shape) for shape in shapes) for tile in fits}
+    full = [tile for tile in fits if counts[tile] >= arch.processors]
+    at_once = [tile for tile in full if counts[tile] <= tile.programs * arch.processors]
+    return [*full[:1], *at_once][-1] if full else fits[-1]
 
 
 def deep_tile(
@@ -254,8 +256,7 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        programs = 2 if tile in PAIRED.get(family, ()) else tile.programs
-        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * programs))
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * tile.programs))
     return options
 
 
