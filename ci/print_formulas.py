@@ -17,6 +17,8 @@ from fusemlp_kernels.pointwise import (
     ACTIVATIONS,
     AVERAGE,
     DECAY,
+    DISTRIBUTION_NAMES,
+    DISTRIBUTIONS,
     FUNCTIONS,
     HYPERPARAMETERS,
     LOSS_NAMES,
@@ -125,9 +127,10 @@ def derivative_lines(row: Activation) -> list[Line]:
 
 
 def loss_lines(name: str) -> list[Line]:
-    """The lines of a loss, which end with ``loss`` and ``gradient``."""
-    found = lines(LOSSES[name].formula)
-    if [line for line, _ in found][-2:] != ["loss", "gradient"]:
+    """The lines of a loss, which end with ``loss`` and ``gradient``, and that by s of a distribution."""
+    found = lines({**LOSSES, **DISTRIBUTIONS}[name].formula)
+    ends = ["loss", "gradient", *(["gradient_s"] if name in DISTRIBUTIONS else [])]
+    if [line for line, _ in found][-len(ends) :] != ends:
         raise ValueError(f"{name}: expected a formula that ends with `loss = ...` and `gradient = ...`")
     return found
 
@@ -148,15 +151,15 @@ def defined(name: str, arguments: str, body: Iterable[str], told: str = "", abov
     return [*filter(None, [above]), *lines, *indented([*([f'"""{told}"""'] if told else []), *body] or ["pass"])]
 
 
-def groups() -> list[list[str]]:
-    """The names of all activations, losses and optimizers, in capitals and in order."""
-    tables = (("", ACTIVATIONS), ("", LOSS_NAMES), ("RULE_", OPTIMIZERS))
+def groups(*more: str) -> list[list[str]]:
+    """The names of all activations, losses and ``more`` of them, and optimizers, in capitals and in order."""
+    tables = (("", ACTIVATIONS), ("", [*LOSS_NAMES, *more]), ("RULE_", OPTIMIZERS))
     return [[prefix + name.upper() for name in names] for prefix, names in tables]
 
 
-def codes(form: str) -> list[str]:
-    """Lines that make the names numbers; ``form`` makes the numbers of a count."""
-    found = [(", ".join(group), form.format(len(group))) for group in groups()]
+def codes(form: str, *more: str) -> list[str]:
+    """Lines that make the names numbers, with ``more`` losses; ``form`` makes the numbers of a count."""
+    found = [(", ".join(group), form.format(len(group))) for group in groups(*more)]
     short = max(len(f"{names} = {values}") for names, values in found) <= WIDTH
     return [f"{n} = {v}" if short else f"(\n    {n},\n) = {v}  # fmt: skip" for n, v in found]
 
@@ -220,11 +223,15 @@ def numba_file() -> str:
         if row.by_slope is not None:
             body.append(f"by_slope += ds[i] * {real(lines(row.by_slope, 'by_slope')[-1][1])}")
         derivatives[name] = loop([*body, f"ds[i] *= {real(value)}"])
-    for name, loss in LOSSES.items():
-        *before, (_, value), (_, gradient) = loss_lines(name)
-        scaled = ast.BinOp(gradient, ast.Mult(), ast.Name("factor"))
+    for name, loss in {**LOSSES, **DISTRIBUTIONS}.items():
+        found = loss_lines(name)
+        at = [line for line, _ in found].index("loss")
         spell = Dialect(wrapped("option", [loss.option or "option"]), number)
-        body = ["y, t = ys[i], ds[i]", *assigned(before, spell), f"total += {spell(value)}", f"ds[i] = {spell(scaled)}"]
+        places = ["ds[i]", "ss[i]"][: len(found) - at - 1]
+        body = ["y, t = ys[i], ds[i]", *["s = ss[i]"][: len(places) - 1], *assigned(found[:at], spell)]
+        body.append(f"total += {spell(found[at][1])}")
+        for place, (_, gradient) in zip(places, found[at + 1 :], strict=True):
+            body.append(f"{place} = {spell(ast.BinOp(gradient, ast.Mult(), ast.Name('factor')))}")
         losses[name] = loop(body, "np.uintp(start), np.uintp(stop)")
     flags = {"rate_inside": "rule.sklearn != 0", "decoupled": "rule.decoupled != 0"}
     loads = Loads("rule.{0}", "hyper[{1}]", flags)
@@ -245,7 +252,7 @@ def numba_file() -> str:
         "averages[i] = average",
     ]
     return text(
-        [NUMBA_HEAD.strip(), "", *codes("range({})")],
+        [NUMBA_HEAD.strip(), "", *codes("range({})", *DISTRIBUTION_NAMES)],
         function(
             "activate",
             "kind, ys, zs, count, slope",
@@ -260,9 +267,9 @@ def numba_file() -> str:
         ),
         function(
             "element_losses",
-            "kind, ys, ds, start, stop, factor, option",
+            "kind, ys, ss, ds, start, stop, factor, option",
             ["total = 0.0", *chain("kind", losses, [*nan("ds[i]", "start, stop"), "total = np.nan"]), "return total"],
-            "The sum of the losses; in ds, where the targets are, the gradients times ``factor``.",
+            "The sum of the losses; in ds, where the targets are, the gradients times ``factor``, in ss those by s.",
             "REDUCTION",
         ),
         function(
@@ -300,6 +307,7 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, REDUCTION
 from fusemlp_kernels.numpy.compiled.functions import (
     exp,
+    log,
     log1p,
     maximum,
     minimum,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, DISTRIBUTIONS, LOSSES, NEEDS_Z, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, ShapeError, unknown_name
 from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
 
@@ -168,6 +168,9 @@ def _checked(
             f"{op}: {place}coding: only the numpy backend reads codes; give rows of inputs: coding.dense(codes)"
         )
     check_together(op, values)
+    loss = values.get("loss")
+    if loss is not None and (loss.missing or loss.kind in DISTRIBUTIONS):
+        raise BackendUnavailableError(f"{op}: loss: only the numpy backend has missing targets and {DISTRIBUTIONS}")
     for name, fields in group.fields.items():
         values[name] = [
             _checked(op, f"{place}{name}[{index}]: ", fields, element, rule, common, check, later)
@@ -218,9 +221,13 @@ def check_together(op: str, operands: Mapping[str, Any]) -> None:
     if activation == "prelu" and operands["slope_param"] is None:
         raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
     if "loss" in operands:
-        kind = operands["loss"].kind
-        if kind not in LOSSES:
+        loss, kind = operands["loss"], operands["loss"].kind
+        if kind not in (*LOSSES, *DISTRIBUTIONS):
             raise unknown_name(f"{op}: loss", kind, LOSSES)
+        if loss.missing and (loss.reduction == "rows" or kind in ("cross_entropy", "quantiles")):
+            raise ArgumentError(
+                f"{op}: loss: missing is for means and sums over elements, got {kind!r} by {loss.reduction!r}"
+            )
         if kind == "cross_entropy" and activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     if op == "grad_input":

@@ -53,6 +53,8 @@ ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
 NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.needs_z)
 LOSSES = pointwise.LOSS_NAMES
+# Losses of several outputs a target, on NumPy alone; their codes follow those of ``LOSSES``.
+DISTRIBUTIONS = pointwise.DISTRIBUTION_NAMES
 # The kinds of ``Norm``.
 NORMS = ("layer", "rms")
 # The kind of a loss that the op own_loss calls.
@@ -105,6 +107,8 @@ class LossSpec(pointwise.LossOptions):
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
     divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: for the element-wise losses
     divided by N. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
+    ``missing``, on NumPy: a target that is NaN has no loss and no gradient, and a mean divides by the sum of the
+    weights of the others. ``quantiles``: those of the kind "quantiles", in rising order.
     With the kind OWN it stands for a function on the host, called ``name``: ``target`` is the type of its targets, and
     their shape without the rows.
     """
@@ -116,14 +120,25 @@ class LossSpec(pointwise.LossOptions):
     soft: bool = False
     _: KW_ONLY
     accuracy: bool = False
+    missing: bool = False
+    quantiles: tuple[float, ...] = ()
     name: str = ""
     target: tuple[str, tuple[int, ...]] = ("real", ())
 
     @property
     def option(self) -> float:
         """The number that the formula of the loss reads; 0 if it reads none."""
-        row = pointwise.LOSSES.get(self.kind)
+        row = {**pointwise.LOSSES, **pointwise.DISTRIBUTIONS}.get(self.kind)
         return 0.0 if row is None or row.option is None else float(getattr(self, row.option))
+
+    @property
+    def width(self) -> int:
+        """The number of outputs for a target."""
+        return {"gaussian": 2, "quantiles": len(self.quantiles)}.get(self.kind, 1)
+
+    def summands(self, outputs: int) -> int:
+        """Return how many losses a row with this many outputs has the mean of."""
+        return outputs // 2 if self.kind == "gaussian" else 1 if self.kind == "cross_entropy" else outputs
 
 
 class ScheduleSpec:

@@ -89,7 +89,7 @@ def expected(operand: Operand, given: Mapping[str, Any]) -> tuple[str, str]:
     if letters == "target":
         loss = given["loss"]
         classes = loss.kind == "cross_entropy" and not loss.soft
-        dtype, letters = ("int64", "M") if classes else ("real", "MN")
+        dtype, letters = ("int64", "M") if classes else ("real", "MN" if loss.width == 1 else "MT")
     if operand.rows and given.get(operand.rows) is not None:
         letters = letters.replace("M", "n")
     if operand.coded and given.get("coding") is not None:

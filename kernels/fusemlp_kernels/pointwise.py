@@ -21,9 +21,10 @@ from typing import Any
 
 # Functions of one element that each backend writes by hand. ``step(x, below)`` is 1 above zero, ``below`` elsewhere;
 # ``log1p`` is for arguments from 0 to 1. All give NaN where their first argument is NaN; only there may the second one
-# of ``maximum`` and ``minimum`` be NaN.
+# of ``maximum`` and ``minimum`` be NaN. ``log``, of positive normal numbers, is for ``DISTRIBUTIONS`` alone.
 FUNCTIONS = (
-    "abs", "exp", "log1p", "maximum", "minimum", "normal_cdf", "normal_pdf", "sigmoid", "sign", "sqrt", "step", "tanh",
+    "abs", "exp", "log", "log1p", "maximum", "minimum", "normal_cdf", "normal_pdf", "sigmoid", "sign", "sqrt", "step",
+    "tanh",
 )  # fmt: skip
 
 
@@ -62,7 +63,10 @@ class Activation:
 
 @dataclass(frozen=True)
 class Loss:
-    """``loss`` of one output y and its target t, and its ``gradient`` by y; it may read one of ``LossOptions``."""
+    """``loss`` of one output y and its target t, and its ``gradient`` by y; it may read one of ``LossOptions``.
+
+    One of ``DISTRIBUTIONS`` reads a second output s too, and has ``gradient_s``.
+    """
 
     formula: str
 
@@ -79,6 +83,7 @@ class LossOptions:
 
     delta: float = 1.0
     quantile: float = 0.5
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +240,20 @@ LOSSES: dict[str, Loss] = {
     """),
 }
 
+# Losses of two outputs a target, printed for NumPy alone.
+DISTRIBUTIONS: dict[str, Loss] = {
+    # the gradient passes through the floor eps, as in torch's GaussianNLLLoss
+    "gaussian": Loss("""
+        std = maximum(s, 0) + log1p(exp(-abs(s)))
+        weight = 1 / maximum(std * std, eps)
+        r = y - t
+        q = r * weight
+        loss = 0.5 * (q * r - log(weight))
+        gradient = q
+        gradient_s = (weight - q * q) * std * sigmoid(s)
+    """),
+}
+
 # The lines that come before those of every optimizer: decoupled decay shrinks the parameter, coupled decay is added to
 # the gradient.
 DECAY = Optimizer(
@@ -303,6 +322,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 # Cross-entropy, which is no sum over elements, has the first number.
 LOSS_NAMES = ("cross_entropy", *LOSSES)
+# Those after them, of NumPy alone. The quantiles of a row are sums of one another.
+DISTRIBUTION_NAMES = (*DISTRIBUTIONS, "quantiles")
 
 Line = tuple[str, ast.expr]
 
@@ -330,15 +351,14 @@ def evaluate(formula: str, known: Mapping[str, Any], functions: Mapping[str, Cal
     return values["result"]
 
 
-def elements(kind: str, y: Any, t: Any, **options: float) -> tuple[Any, Any]:
-    """Return by NumPy the loss of each output y (n, N) and target t, and its gradient; ``LossOptions`` as arguments."""
+def elements(kind: str, y: Any, t: Any, s: Any = None, **options: float) -> Any:
+    """Return by NumPy the loss of each output y and target t, with s of a distribution; ``LossOptions`` as options."""
     import numpy as np
     from scipy.special import expit
 
-    functions = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "sign")}
-    functions["sigmoid"] = expit
-    loss, gradient = evaluate(f"{LOSSES[kind].formula}\n(loss, gradient)", {"y": y, "t": t, **options}, functions)
-    return loss, gradient
+    functions = {name: getattr(np, name) for name in ("abs", "exp", "log", "log1p", "maximum", "minimum", "sign")}
+    formula, known = {**LOSSES, **DISTRIBUTIONS}[kind].formula, {"y": y, "t": t, "s": s, **options}
+    return evaluate(f"{formula}\nloss", known, {**functions, "sigmoid": expit})
 
 
 @cache

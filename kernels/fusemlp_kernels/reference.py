@@ -129,6 +129,10 @@ def loss_of_output(
     nothing; other labels lie in range(N). A zero normaliser gives loss 0 and gradient 0. At a residual of zero
     mae and quantile take the subgradient 0. "rows": the loss is that of "mean", and row i of dy is the gradient of row
     i's own loss, which for the element-wise losses is the mean over N.
+
+    gaussian has 2 outputs a target, quantiles all of one target (M, 1); their sums over a row have as many summands as
+    ``spec.summands``. ``spec.missing``: a target that is NaN has no loss, and "mean" divides by the sum of the weights
+    of the others.
     """
     rows, columns = y.shape
     weights = np.ones(rows) if weight is None else np.asarray(weight, np.float64)
@@ -147,15 +151,40 @@ def loss_of_output(
         dy = np.exp(log_p) * q.sum(axis=1, keepdims=True) - q
         each, normaliser = 1, shares.sum()
     else:
-        loss, slope = _elementwise(spec, y, target)
-        total = (weights[:, None] * loss).sum()
-        dy = weights[:, None] * slope
-        each, normaliser = columns, weights.sum() * columns
+        there = ~np.isnan(target) if spec.missing else np.ones_like(target, bool)
+        loss, slope = _of_targets(spec, y, np.where(there, target, 0.0) if spec.missing else target)
+        total = (weights[:, None] * np.where(there, loss, 0.0)).sum()
+        # gaussian has the slopes by all means before those by all deviations
+        dy = weights[:, None] * np.where(np.tile(there, columns // target.shape[1]), slope, 0.0)
+        each = spec.summands(columns)
+        normaliser = (weights[:, None] * there).sum() if spec.missing else weights.sum() * each
     if spec.reduction == "sum":
         return float(total), dy
     if normaliser == 0:
         return 0.0, np.zeros_like(dy)
     return float(total / normaliser), dy / (each if spec.reduction == "rows" else normaliser)
+
+
+def _of_targets(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:
+    """The losses of targets t, and their derivatives by the outputs y."""
+    if spec.kind == "gaussian":
+        mean, raw = np.split(y, 2, axis=1)
+        std, error = softplus(raw), mean - t
+        v = np.maximum(std**2, spec.eps)
+        # the slope passes through the floor
+        by_std = std / v - error**2 * std / v**2
+        return 0.5 * (np.log(v) + error**2 / v), np.hstack([error / v, by_std * sigmoid(raw)])
+    if spec.kind == "quantiles":
+        levels, places = np.array(spec.quantiles), np.arange(y.shape[1])
+        middle = np.argmin(np.abs(levels - 0.5))
+        # output i is in quantile j by this factor: the middle in all, a step in those from its own on
+        above = (places[:, None] > middle) & (places[:, None] <= places)
+        below = (places[:, None] < middle) & (places[:, None] >= places)
+        factors = above * 1.0 - below + (places[:, None] == middle)
+        error = np.where(places == middle, y, softplus(y)) @ factors - t
+        side = np.where(error > 0, 1.0 - levels, -levels) * (error != 0)
+        return (side * error).sum(axis=1, keepdims=True), side @ factors.T * np.where(places == middle, 1.0, sigmoid(y))
+    return _elementwise(spec, y, t)
 
 
 def _elementwise(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:

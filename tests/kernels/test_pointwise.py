@@ -125,7 +125,7 @@ def test_numbers_without_a_formula_give_nan_in_the_compiled_loop():
     def run(kind, y, z, d, e, p, g, rule, hyper):
         printed.activate(kind, y, z, y.size, 0.5)
         slope = printed.multiply_by_derivative(kind, d, y, z, d.size, 0.5, 1.0)
-        loss = printed.element_losses(kind, z, e, 0, e.size, 1.0, 0.5)
+        loss = printed.element_losses(kind, z, z, e, 0, e.size, 1.0, 0.5)
         printed.update_tensor(p, g, g, g, p.size, 0.1, 0.0, rule, hyper)
         return slope, loss
 

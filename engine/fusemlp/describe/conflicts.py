@@ -19,7 +19,7 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
-_HOST = "{own loss} is not supported yet"
+_HOST = "{numpy loss} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
@@ -105,23 +105,24 @@ CONFLICTS = {
     "--adversarial",
     ("probed", "time_limit"): "probe: --time-limit does not count its epochs; give one of the options",
     ("probed", "dp_epsilon"): "probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place",
-    # a loss on the host
-    ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
+    # a loss of the numpy backend alone
+    ("numpy loss", "members"): f"loss: {{numpy loss}}{SINGLE}",
     ("function", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",
     (
         "missing",
         "estimator",
     ): "loss: {missing} is for gaps in y, which scikit-learn's checks refuse; use TableRegressor or Engine",
     (
-        "own loss",
+        "numpy loss",
         "label_smoothing",
-    ): "label_smoothing: {own loss} gets whole classes; leave it 0, and smooth in the loss",
-    ("own sum", "ranks"): "reduction: several processes average {own sum} over their rows; expected 'mean', got 'sum'",
-    ("own loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
-    ("own loss", "loss by inputs"): "y: {own loss} has no gradient by the inputs of each row; leave y out for that of "
-    "an output",
+    ): "label_smoothing: {numpy loss} gets whole classes; leave it 0, and smooth in the loss",
+    ("numpy loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
+    (
+        "numpy loss",
+        "loss by inputs",
+    ): "y: {numpy loss} has no gradient by the inputs of each row; leave y out for that of an output",
     **{
-        ("own loss", name): f"loss: {_HOST} on the backend {name!r}; make the engine with backend='numpy'"
+        ("numpy loss", name): f"loss: {_HOST} on the backend {name!r}; make the engine with backend='numpy'"
         for name in ("triton", "cupy")
     },
     # privacy
@@ -190,10 +191,10 @@ CONFLICTS = {
 }
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
-    ("own loss", "triton"),
+    ("numpy loss", "triton"),
     *(
         (feature, "cupy")
-        for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual", "encoding")
+        for feature in ("ranks", "members", "privacy", "attack", "numpy loss", "norm", "residual", "encoding")
     ),
 }
 

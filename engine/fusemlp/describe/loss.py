@@ -1,19 +1,17 @@
-"""The base of all losses, and of those that the host can compute: functions of NumPy arrays between two launches."""
+"""The base of all losses."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import numpy.typing as npt
 
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Description
 from fusemlp.describe.network import MLP
-from fusemlp_kernels.contract import OWN, LossSpec
+from fusemlp_kernels.contract import DISTRIBUTIONS, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 Array = npt.NDArray[Any]
@@ -41,8 +39,13 @@ class Loss(Description):
 
     @property
     def on_host(self) -> bool:
-        """True if the host computes the loss and its gradient by the outputs (the op own_loss), not a kernel."""
+        """True if it is a function of the caller's (the op own_loss), not a kernel."""
         return False
+
+    @property
+    def numpy_only(self) -> bool:
+        """True if no other backend computes it."""
+        return self.on_host or self.kind in DISTRIBUTIONS or getattr(self, "missing", False)
 
     @property
     def answers(self) -> "Loss":
@@ -52,10 +55,11 @@ class Loss(Description):
     @cached_property
     def uses(self) -> Features:
         """The features that it uses, for ``conflicts``."""
-        classes = self.kind == "cross_entropy"
-        return in_use(
-            sum=self.reduction if self.reduction != "mean" else None, **{"no classes": None if classes else self.kind}
-        )
+        classes, gaps = self.kind == "cross_entropy", getattr(self, "missing", False)
+        named = f"missing=True of {self.kind}" if gaps else self.kind
+        used = {"numpy loss": named if self.numpy_only else None, "missing": named if gaps else None, self.kind: True}
+        used["no classes"] = None if classes else self.kind
+        return in_use(sum=self.reduction if self.reduction != "mean" else None, **used)
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
@@ -99,40 +103,3 @@ class Loss(Description):
                 f"loss: {self.kind} needs {self.width} outputs for a target, the network has {net.sizes[-1]}; make the "
                 f"last of sizes {self.width}"
             )
-
-
-@dataclass(frozen=True)
-class HostLoss(Loss, ABC):
-    """The base class of losses that the host can compute."""
-
-    @property
-    def on_host(self) -> bool:
-        return True
-
-    @cached_property
-    def uses(self) -> Features:
-        gaps = f"missing=True of {self.kind}" if getattr(self, "missing", False) else None
-        own = (gaps or self.kind) if self.on_host else None
-        used = {**super().uses, "own loss": own, "missing": gaps, self.kind: True}
-        return in_use(**used, **{"own sum": own if self.reduction == "sum" else None})
-
-    def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
-        kernel = super().spec(accuracy=accuracy, soft=soft)
-        return LossSpec(OWN, self.reduction, name=self.kind) if self.on_host else kernel
-
-    @abstractmethod
-    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
-        """Return sums of losses (n,), their gradients by ``outputs`` (n, N), and the number of summands or (n,)."""
-
-    def value_and_gradient(self, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array, float]:
-        """Return the loss, its gradient by ``outputs`` (n, N), and the weight of the loss in a mean over batches."""
-        losses, gradient, counts = self.of_rows(outputs, targets)
-        if weights is not None:
-            losses, gradient, counts = weights * losses, weights[:, None] * gradient, weights * counts
-        total = float(losses.sum(dtype=np.float64))
-        if self.reduction == "sum":
-            return total, gradient, 1.0
-        normaliser = float(counts * len(losses) if isinstance(counts, int) else counts.sum(dtype=np.float64))
-        # a batch may have no target
-        share = 1.0 / normaliser if normaliser else 0.0
-        return total * share, gradient * share, normaliser

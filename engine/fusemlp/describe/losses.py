@@ -2,7 +2,7 @@
 
 ``reduction="mean"`` is the (weighted) mean over rows for cross_entropy, and over all elements for the others;
 "sum" is the sum. ``M`` rows, ``N`` outputs. ``missing=True`` of the element-wise losses and of ``GaussianNLL``, on the
-NumPy backend: a target that is NaN has no loss and no gradient, and the mean is over the elements that are there.
+NumPy backend: a target that is NaN has no loss and no gradient, and the mean is over the targets that are there.
 """
 
 import inspect
@@ -20,12 +20,11 @@ import numpy as np
 from fusemlp.describe.checks import as_number, check_choice, check_keys, function_name
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Flag, OpenFraction, Positive, Share, from_config, stored
-from fusemlp.describe.loss import Array, ClassWeights, HostLoss
+from fusemlp.describe.loss import Array, ClassWeights
 from fusemlp.describe.loss import Loss as Loss
 from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import OWN, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
-from fusemlp_kernels.pointwise import LossOptions, elements
 
 LossLike: TypeAlias = "str | Loss | Callable[..., Any]"
 """A loss by its name, an object, or a function of the caller's (``OwnLoss``)."""
@@ -105,22 +104,11 @@ class CrossEntropy(Loss):
 
 
 @dataclass(frozen=True)
-class ElementLoss(HostLoss):
-    """The base class of losses that are means or sums over elements: of kernels, with ``missing`` of the host."""
+class ElementLoss(Loss):
+    """The base class of losses that are means or sums over the targets of all rows."""
 
     _: KW_ONLY
     missing: Flag = False
-
-    @property
-    def on_host(self) -> bool:
-        return self.missing
-
-    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
-        there = ~np.isnan(targets)
-        # zeros for both: what is not counted must not overflow
-        known = [np.where(there, values, 0) for values in (outputs, targets)]
-        losses, gradient = elements(self.kind, *known, **self.shared(LossOptions))
-        return (losses * there).sum(axis=1), gradient * there, there.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +180,7 @@ def _check_quantiles(argument: str, given: object) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Quantiles(HostLoss):
+class Quantiles(Loss):
     """The mean of the losses ``Quantile`` of one target, for each number of ``q``, in rising order.
 
     The network has an output for each. The middle quantile, the nearest to 0.5, is its output; each other one is a
@@ -234,19 +222,12 @@ class Quantiles(HostLoss):
             quantiles[:, above] = quantiles[:, above - 1] + steps[:, above]
         return quantiles
 
-    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
-        at, errors = self.middle, self.transform(outputs) - targets
-        slopes = (errors > 0) - np.asarray(self.q, outputs.dtype) * (errors != 0)
-        # a step moves all quantiles from its own on, away from the middle
-        gradient = -np.expm1(-np.logaddexp(0, outputs))
-        gradient[:, :at] *= -slopes[:, :at].cumsum(axis=1)
-        gradient[:, at + 1 :] *= slopes[:, :at:-1].cumsum(axis=1)[:, ::-1]
-        gradient[:, at] = slopes.sum(axis=1)
-        return (slopes * errors).sum(axis=1), gradient, len(self.q)
+    def shared(self, other: Any) -> dict[str, Any]:
+        return {**super().shared(other), "quantiles": self.q}
 
 
 @dataclass(frozen=True)
-class GaussianNLL(HostLoss):
+class GaussianNLL(ElementLoss):
     """``(log(v) + (mean - target)**2 / v) / 2``: the negative log-likelihood of normal targets, without its constant.
 
     For N targets the network has 2 N outputs: means, then raw deviations s, of which ``v = max(log(1 + exp(s))**2,
@@ -259,8 +240,6 @@ class GaussianNLL(HostLoss):
     takes_logits = "means and raw deviations, which it makes positive itself (predict does too)"
     width = 2
     eps: Positive = 1e-6
-    _: KW_ONLY
-    missing: Flag = False
 
     def transform(self, outputs: Array) -> Array:
         return outputs[:, : outputs.shape[1] // 2]
@@ -269,16 +248,6 @@ class GaussianNLL(HostLoss):
         """Return the standard deviations (n, N) of outputs (n, 2 N)."""
         raw = outputs[:, outputs.shape[1] // 2 :]
         return np.asarray(np.maximum(np.logaddexp(0, raw), self.eps**0.5))
-
-    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
-        raw, there = outputs[:, targets.shape[1] :], ~np.isnan(targets)
-        std, variance = np.logaddexp(0, raw), self.std(outputs) ** 2
-        errors = np.where(there, self.transform(outputs) - targets, 0)
-        scaled = errors / variance
-        losses = 0.5 * (np.log(variance) + errors * scaled)
-        # expm1(-softplus(s)) is minus its derivative
-        by_raw = (scaled**2 - 1 / variance) * std * np.expm1(-std)
-        return (losses * there).sum(axis=1), np.hstack([scaled, by_raw * there]), there.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -327,7 +296,7 @@ class OwnLoss(Loss):
     @cached_property
     def uses(self) -> Features:
         return in_use(
-            **{"no classes": self.name, "own loss": f"a function such as {self.name!r}", "function": self.name}
+            **{"no classes": self.name, "numpy loss": f"a function such as {self.name!r}", "function": self.name}
         )
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
@@ -397,7 +366,5 @@ def loss_from_config(config: Mapping[str, Any]) -> Loss:
         like = loss_from_config(config["like"]) if "like" in config else None
         return OwnLoss(name=stored("loss.name", config["name"], str), like=like)
     # older files do not have it
-    known = (
-        {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss | GaussianNLL) else {}
-    )
+    known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
     return from_config("loss", LOSSES, {**known, **config})

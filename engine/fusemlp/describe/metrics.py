@@ -207,8 +207,8 @@ def as_metrics(
         if choice == "accuracy" and kind != "numbers":
             if not counts_hits:
                 raise ArgumentError(
-                    f"{argument}: a loss that the host computes, as with missing=True, counts no 'accuracy'; use 'f1', "
-                    "or a function of targets and outputs"
+                    f"{argument}: a function as loss counts no 'accuracy'; use 'f1', or a function of targets and "
+                    "outputs"
                 )
             continue
         metric = choice if isinstance(choice, Metric) else METRICS.get(choice) if isinstance(choice, str) else None

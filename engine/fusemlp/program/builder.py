@@ -159,7 +159,7 @@ class Builder:
         step, net, inputs = self.step, self.net, self.step.inputs
         outputs, gradient = net.sizes[-1], self.first < net.layers
         integer = spec.kind == "cross_entropy" and not spec.soft
-        shape, dtype = ((), "int64") if integer else ((outputs,), "real")
+        shape, dtype = ((), "int64") if integer else ((outputs // spec.width,), "real")
         # a resident loop reads the targets through the rows
         copied = self.copies and not step.resident
         return {

@@ -300,4 +300,4 @@ def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Arra
         q = q if class_weight is None else q * class_weight
         return np.asarray(-(q * log_softmax(y, axis=1)).sum(axis=1))
     with np.errstate(over="ignore"):
-        return np.asarray(elements(spec.kind, y, target, delta=spec.delta, quantile=spec.quantile)[0].sum(axis=1))
+        return np.asarray(elements(spec.kind, y, target, delta=spec.delta, quantile=spec.quantile).sum(axis=1))

@@ -1,4 +1,4 @@
-"""Losses that the host computes: checked calls of the caller's, their evaluation, and the check of a gradient."""
+"""Losses of the caller's: their checked calls, their evaluation, and the check of their gradient."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import as_number, returned_number
-from fusemlp.describe.loss import HostLoss, Loss
+from fusemlp.describe.loss import Loss
 from fusemlp.describe.losses import LossLike, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array, as_values, as_weights, to_array
 from fusemlp.inputs.examples import DeviceInputs, Examples, as_targets
@@ -27,8 +27,6 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     A function gets a copy of ``outputs`` (M, N), and its answer is checked; this may be infinite or NaN if the squares
     of the outputs are, as in a training that diverges. Raises ArgumentTypeError, ShapeError, DTypeError or DataError.
     """
-    if isinstance(loss, HostLoss):
-        return loss.value_and_gradient(outputs, targets, weights)
     assert isinstance(loss, OwnLoss) and loss.function is not None
     normaliser = float(len(outputs) if weights is None else weights.sum(dtype=np.float64))
     if not normaliser:
@@ -89,9 +87,9 @@ def own_evaluation(forward: ForwardPass, data: Examples, loss: Loss) -> Evaluate
 def check_gradient(
     function: LossLike, outputs: Any, targets: Any, weights: Any = None, *, tolerance: float = 1e-5
 ) -> float:
-    """Compare the gradient of a loss with central differences in float64, and return the largest relative error.
+    """Compare the gradient of a function with central differences in float64, and return the largest relative error.
 
-    ``function`` (or ``Quantiles()``), ``outputs`` (n, N), ``targets`` (n, ...) and ``weights`` (n,) are as an engine
+    ``function``, ``outputs`` (n, N), ``targets`` (n, ...) and ``weights`` (n,) are as an engine
     calls a loss, with float64 for real numbers. The function is called twice for each output, so a few rows do. Errors
     are relative to the largest gradient. Differences say nothing at kinks, such as an error of 0 in the absolute error.
 
@@ -99,7 +97,7 @@ def check_gradient(
     engine for an answer that it does not take, and DataError for outputs that are not finite.
     """
     loss, tolerance = as_loss(function), as_number("tolerance", tolerance, low=0.0)
-    if not loss.on_host:
+    if not isinstance(loss, OwnLoss):
         raise ArgumentError(f"function: {loss.kind} is computed by kernels, which tests compare with differences")
     y = to_array("outputs", outputs)
     y = np.array(as_values("outputs", y, width=y.shape[-1] if y.ndim else 1, rows=None, dtype=np.float64))
@@ -127,7 +125,7 @@ def check_gradient(
     row, column = np.unravel_index(int(np.argmax(errors - rounding)), y.shape)
     if not errors[row, column] <= tolerance * largest + rounding[row, column]:
         raise ArgumentError(
-            f"function: the gradient of {getattr(loss, 'name', loss.kind)!r} at row {row}, column {column} is "
+            f"function: the gradient of {loss.name!r} at row {row}, column {column} is "
             f"{gradient[row, column]:.6g}, differences of the loss give {differences[row, column]:.6g}; a mean over "
             "rows divides the gradient too"
         )

@@ -174,7 +174,7 @@ class CalledBatches(EstimatorBatches):
     def __init__(self, *data: Any, keep: bool = False) -> None:
         super().__init__(*data)
         self.steps = self
-        # a loss of the host is a mean, of rows that may have weights
+        # a function of the caller's is a mean, of rows that may have weights
         self.means = self.model.engine.loss.on_host
         self.share = np.empty(self.n, self.model.dtype)
         shares = {"weight": self.share}

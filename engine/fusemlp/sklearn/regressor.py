@@ -63,7 +63,10 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
         loss = MEAN_LOSSES[self.loss] if isinstance(self.loss, str) else as_loss(self.loss)
         several = {"several targets": outputs} if outputs > 1 else {}
         check_together({**loss.uses, **several, "estimator": True})
-        return Objective(loss) if loss.on_host else Objective(replace(loss, reduction="sum"), 1.0 / outputs)
+        if isinstance(loss, OwnLoss):
+            return Objective(loss)
+        summands = loss.spec(accuracy=False).summands(outputs * loss.width)
+        return Objective(replace(loss, reduction="sum"), 1.0 / summands)
 
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
         target = np.require(y, dtype, ["C", "A"])

@@ -113,7 +113,7 @@ class Objective:
     """A loss of the engine, and how scikit-learn normalises it.
 
     A row's loss, a sum over the outputs, is multiplied by ``factor`` for the gradient; what is reported as the loss is
-    the mean over rows of that, divided by ``reported_by``. A loss of the host is the mean over the rows already.
+    the mean over rows of that, divided by ``reported_by``. A function of the caller's is the mean already.
     """
 
     loss: Loss
@@ -131,7 +131,7 @@ def backend_of(estimator: Any, loss: Loss) -> str:
     if estimator.backend != "auto":
         return str(estimator.backend)
     # The line search of lbfgs needs exact differences.
-    on_host = estimator.solver == "lbfgs" or estimator.precision == "fp64" or loss.on_host
+    on_host = estimator.solver == "lbfgs" or estimator.precision == "fp64" or loss.numpy_only
     return "numpy" if on_host else working_backend()
 
 

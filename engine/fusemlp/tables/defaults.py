@@ -66,7 +66,7 @@ def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str]
     """
     if recipe.models is not None:
         return as_count("models", recipe.models)
-    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
+    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").numpy_only
     merges = new and dataset.roles and plain
     models = default_models(len(dataset.y), _plain_network(recipe)) if merges else 1
     if models == 1 or not gaps:

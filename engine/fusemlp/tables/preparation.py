@@ -325,7 +325,7 @@ def prepare(
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
-            decides = "mae" if learns.on_host else name
+            decides = "mae" if learns.numpy_only else name
             scale, log_target, tried = defaults.decide(
                 plain, dataset, training, decides, seed=seed, most_words=most_words
             )

@@ -324,7 +324,7 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     seconds = defaults.seconds_left(prepared.began, recipe.time_limit)
     arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
     initial = initial_parameters(prepared, arguments, listeners.say)
-    if prepared.network.members > 1 or prepared.loss.on_host:
+    if prepared.network.members > 1 or prepared.loss.numpy_only:
         engine = prepared.engine(descriptions.schedule(recipe, rows=len(X), epochs=epochs))
         if recipe.probe:
             engine.load_state_dict(*initial)

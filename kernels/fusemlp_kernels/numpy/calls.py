@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels import contract as c
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, DISTRIBUTIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import OPTIMIZER_NAMES
@@ -161,15 +161,25 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
     table.names.update([loss.kind.upper()], ["BY_ITSELF"] if loss.reduction == "rows" else [])
     divisor = call.ridge.divisor if call.ridge is not None else None
     if divisor is None:
-        divisor = 1.0 if entropy else float(outputs)
+        # targets are counted one by one where some are missing
+        divisor = 1.0 if loss.missing else float(loss.summands(outputs))
+    packed, rowwise = loss.missing or loss.kind == "gaussian", {}
+    if packed:
+        targets = outputs // loss.width
+        rowwise = {"out": table.scratch(count, 3 * targets), "k": targets, "packed": True, "missing": loss.missing}
+    elif loss.kind == "quantiles":
+        table.names |= {"SOFTPLUS", "SIGMOID"}
+        levels = np.array(loss.quantiles, table.real)
+        middle = int(np.argmin(abs(np.array(loss.quantiles) - 0.5)))
+        rowwise = {"out": table.scratch(count, outputs), "b": levels, "k": middle}
     table.add(
         "ENTROPY" if entropy else "ELEMENTWISE", n=outputs, y=y, z=z,
-        dz=table.scratch(count, outputs) if dz is None else dz, loss=LOSSES.index(loss.kind),
+        dz=table.scratch(count, outputs) if dz is None else dz, loss=(*LOSSES, *DISTRIBUTIONS).index(loss.kind),
         mean=t.REDUCTIONS.index(loss.reduction), soft=loss.soft, smoothed=loss.soft or loss.label_smoothing != 0.0,
         smoothing=loss.label_smoothing,
         option=loss.option, divisor=divisor, ignores=loss.ignore_index is not None, ignored=loss.ignore_index,
         accuracy=loss.accuracy, wide=outputs >= WIDE, recorded=call.stats, target=call.target, weighted=call.weight,
-        class_weighted=call.class_weight, **activated, **row_numbers(call.rows, count),
+        class_weighted=call.class_weight, **activated, **rowwise, **row_numbers(call.rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", n=outputs, k=count, dz=dz)

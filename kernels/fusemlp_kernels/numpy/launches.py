@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels import philox
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.contract import ACTIVATIONS, DISTRIBUTIONS, LOSSES
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.compiled.tables import LINE
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, radix, seed_key
@@ -261,7 +261,8 @@ NAMES = frozenset(
         *("COLUMNS", "CODES", "SUMS", "FACTORS", "ADD", "ENCODE", "norm"),
         *("noisy", "drawn", "members", "parts", "by_r", "by_s", "param", "average", "panels", "pulls"),
         *("keep", "soft", "smoothed", "ignores", "weighted", "class_weighted", "wide", "descends", "slope", "dslope"),
-        *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
+        *("packed", "missing"),
+        *(name.upper() for name in (*ACTIVATIONS, *LOSSES, *DISTRIBUTIONS)),
         *OPTIMIZER_NAMES,
     }
 )

@@ -150,8 +150,29 @@ def logarithm(real: Any, terms: int) -> Any:
 
 @of_type
 def log1p(real: Any) -> Any:
-    """log(1 + v) for 0 <= v <= 1, in the type of v."""
+    """log(1 + v) for -0.3 <= v <= 1, in the type of v."""
     return logarithm(real, 8 if real is np.float32 else 17)
+
+
+@of_type
+def log(real: Any) -> Any:
+    """log(v) of a positive normal number, in the type of v; NaN for NaN and infinity.
+
+    v = 2**k (1 + m), with sqrt(1/2) <= 1 + m < sqrt(2).
+    """
+    single = real is np.float32
+    integer: Any = np.int32 if single else np.int64
+    bits = integer(23 if single else 52)
+    root = integer(real(math.sqrt(0.5)).view(integer))
+    two = real(math.log(2.0))
+
+    def of(v: Any) -> Any:
+        places = integer(real(v).view(integer))
+        power = (places - root) >> bits
+        m = integer(places - (power << bits)).view(real) - real(1.0)
+        return real(power) * two + log1p(m) + (v - v)
+
+    return of
 
 
 @register_jitable(**ELEMENT)

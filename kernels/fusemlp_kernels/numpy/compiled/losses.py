@@ -16,7 +16,15 @@ from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, part
 from fusemlp_kernels.numpy.compiled.functions import exp
-from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
+from fusemlp_kernels.numpy.compiled.pointwise_numba import (
+    BINARY_CROSS_ENTROPY,
+    GAUSSIAN,
+    QUANTILES,
+    SIGMOID,
+    SOFTPLUS,
+    activate,
+    element_losses,
+)
 from fusemlp_kernels.numpy.compiled.vectors import sum_of
 
 
@@ -99,8 +107,23 @@ def _smoothed(
 
 
 @register_jitable(**EXACT)
+def present(target: Any, weight: Any, rows: Any, count: int, call: Any) -> float:
+    """The sum of the row weights of a batch, once for each target that is there."""
+    total, targets = 0.0, call.k
+    for i in range(count):
+        known, start = 0, rows[i] * targets
+        for at in range(start, start + targets):
+            known += target[at] == target[at]
+        total += known * (float(weight[rows[i]]) if call.weighted else 1.0)
+    return total
+
+
+@register_jitable(**EXACT)
 def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int, call: Any) -> float:
     """The sum of the row weights of a batch; a row that is ignored has none."""
+    if call.missing:
+        known: float = call.present
+        return known
     weighted, by_class = call.weighted != 0, call.class_weighted != 0
     ignores = call.ignores != 0
     hard = call.soft == 0
@@ -232,18 +255,118 @@ def cross_entropy(
 
 
 @register_jitable(**EXACT)
+def _packed(
+    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, call: Any, scale: float, spare: Any
+) -> tuple[float, int, int]:
+    """``elementwise`` of the targets that are not missing, which lie one after another in ``spare``, (3, count,
+    targets), with the outputs y and s of each beside them; the loss, hits and the number of these targets."""
+    real = y.dtype.type
+    kind, columns, targets, option = call.loss, call.n, call.k, real(call.option)
+    missing = 1 if call.missing else 0
+    t_part, y_part, s_part = spare, part(spare, count * targets), part(spare, 2 * count * targets)
+    total, correct, known = 0.0, 0, 0
+    for i in range(count):
+        begin = known
+        for j in range(targets):
+            value, output = target[rows[i] * targets + j], y[i * columns + j]
+            # the next one takes the place of a missing one: a branch would often be mispredicted
+            there = 1 - missing * (value != value)
+            t_part[known], y_part[known] = value, output
+            if kind == GAUSSIAN:
+                s_part[known] = y[i * columns + targets + j]
+            correct += there * ((output > 0) == (value > 0.5))
+            known += there
+        if call.weighted:
+            share = float(weight[rows[i]])
+            total += share * element_losses(kind, y_part, s_part, t_part, begin, known, real(share * scale), option)
+    if not call.weighted:
+        total = element_losses(kind, y_part, s_part, t_part, 0, known, real(scale), option)
+    place = 0
+    for i in range(count):
+        for j in range(targets):
+            value, at, gradient = target[rows[i] * targets + j], i * columns + j, t_part[place]
+            there = 1 - missing * (value != value)
+            d[at] = gradient if there else real(0.0)
+            if kind == GAUSSIAN:
+                gradient = s_part[place]
+                d[at + targets] = gradient if there else real(0.0)
+            place += there
+    return total, correct, known
+
+
+@register_jitable(**EXACT)
+def _pinball(error: Any, level: Any) -> Any:
+    """The derivative of the quantile loss of an error; 0 or NaN where the error is."""
+    return type(error)(1.0) - level if error > 0 else (-level if error < 0 else error)
+
+
+@register_jitable(**EXACT)
+def _quantiles(
+    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, call: Any, scale: float, slopes: Any, levels: Any
+) -> float:
+    """The loss of quantiles that never cross, and in d its gradient by the outputs y, flat (count, N).
+
+    The middle output is a quantile, each other one by softplus a step from its neighbour: so it moves all quantiles
+    from its own on, away from the middle.
+    """
+    real = y.dtype.type
+    columns, middle, total = call.n, call.k, 0.0
+    for array in (d, slopes):
+        _subtract(array, y, 0, count * columns, real(0.0))
+    activate(SOFTPLUS, d, d, count * columns, real(0.0))
+    activate(SIGMOID, slopes, slopes, count * columns, real(0.0))
+    for i in range(count):
+        start, value = i * columns, target[rows[i]]
+        share = float(weight[rows[i]]) if call.weighted else 1.0
+        factor, loss, low = real(share * scale), 0.0, y[start + middle]
+        # the place of the middle in d is free
+        d[start + middle] = real(0.0)
+        quantile = low
+        for at in range(middle, columns):
+            quantile += d[start + at]
+            error = quantile - value
+            d[start + at] = _pinball(error, levels[at])
+            loss += d[start + at] * error
+        for at in range(middle - 1, -1, -1):
+            low -= d[start + at]
+            error = low - value
+            d[start + at] = _pinball(error, levels[at])
+            loss += d[start + at] * error
+        below, above = real(0.0), real(0.0)
+        for at in range(middle):
+            below += d[start + at]
+            d[start + at] = -factor * below * slopes[start + at]
+        for at in range(columns - 1, middle, -1):
+            above += d[start + at]
+            d[start + at] = factor * above * slopes[start + at]
+        d[start + middle] = factor * (below + d[start + middle] + above)
+        total += share * loss
+    return total
+
+
+@register_jitable(**EXACT)
 def elementwise(
     y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any,
-    shares: float, partials: Any,
+    shares: float, partials: Any, spare: Any, levels: Any,
 ) -> None:  # fmt: skip
-    """The gradient by the outputs y into d, flat (count, columns); target, flat (n, columns), is picked by ``rows``.
+    """The gradient by the outputs y into d, flat (count, columns); target, flat (n, targets), is picked by ``rows``.
 
-    ``shares``: see ``shares_of``. The statistics of these rows go into partials.
+    ``shares``: see ``shares_of``. The statistics of these rows go into partials. ``spare``, ``levels``: ``call.out``
+    and ``call.b`` of these rows.
     """
     real = y.dtype.type
     kind, weighted = call.loss, call.weighted != 0
     option, scale = real(call.option), _row_scale(shares, call)
     total, correct = 0.0, 0
+    partials[t.SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
+    partials[t.SHARES_PART] = shares
+    if call.packed:
+        total, correct, known = _packed(y, d, target, weight, rows, count, call, scale, spare)
+        partials[t.LOSS_PART], partials[t.HITS_PART], partials[t.SCORED_PART] = total, correct, known
+        return
+    if kind == QUANTILES:
+        partials[t.LOSS_PART] = _quantiles(y, d, target, weight, rows, count, call, scale, spare, levels)
+        return
     for i in range(count):
         row, start = rows[i], i * columns
         if call.accuracy:
@@ -256,9 +379,7 @@ def elementwise(
             d[start + j] = target[row * columns + j]
         if weighted:
             share = float(weight[row])
-            total += share * element_losses(kind, y, d, start, start + columns, real(share * scale), option)
+            total += share * element_losses(kind, y, y, d, start, start + columns, real(share * scale), option)
     if not weighted:
-        total = element_losses(kind, y, d, 0, count * columns, real(scale), option)
+        total = element_losses(kind, y, y, d, 0, count * columns, real(scale), option)
     partials[t.LOSS_PART], partials[t.HITS_PART] = total, correct
-    partials[t.SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
-    partials[t.SHARES_PART] = shares

@@ -13,6 +13,7 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, REDUCTION
 from fusemlp_kernels.numpy.compiled.functions import (
     exp,
+    log,
     log1p,
     maximum,
     minimum,
@@ -25,7 +26,7 @@ from fusemlp_kernels.numpy.compiled.functions import (
 )
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH = range(12)
-CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
+CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE, GAUSSIAN, QUANTILES = range(9)
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
 
 
@@ -158,8 +159,8 @@ def multiply_by_derivative(kind, ds, ys, zs, count, slope, undo):
 
 
 @register_jitable(**REDUCTION)
-def element_losses(kind, ys, ds, start, stop, factor, option):
-    """The sum of the losses; in ds, where the targets are, the gradients times ``factor``."""
+def element_losses(kind, ys, ss, ds, start, stop, factor, option):
+    """The sum of the losses; in ds, where the targets are, the gradients times ``factor``, in ss those by s."""
     real = ys.dtype.type
     total = 0.0
     if kind == BINARY_CROSS_ENTROPY:
@@ -201,6 +202,17 @@ def element_losses(kind, ys, ds, start, stop, factor, option):
             slope = maximum((real(1.0) - option) * s, -option * s)
             total += slope * abs(r)
             ds[i] = slope * s * factor
+    elif kind == GAUSSIAN:
+        for i in range(np.uintp(start), np.uintp(stop)):
+            y, t = ys[i], ds[i]
+            s = ss[i]
+            std = maximum(s, real(0.0)) + log1p(exp(-abs(s)))
+            weight = real(1.0) / maximum(std * std, option)
+            r = y - t
+            q = r * weight
+            total += real(0.5) * (q * r - log(weight))
+            ds[i] = q * factor
+            ss[i] = (weight - q * q) * std * sigmoid(s) * factor
     else:
         for i in range(start, stop):
             ds[i] = np.nan

@@ -43,7 +43,7 @@ from fusemlp_kernels.numpy.compiled.layers import (
     scale_rows_backward,
     shard_rows,
 )
-from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
+from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, present, record, shares_of
 from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
 from fusemlp_kernels.numpy.compiled.random import add_squares, shrink
 
@@ -85,7 +85,9 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
             )
         # no else: its code would stay where it is not used
         elif kind == t.ELEMENTWISE:
-            elementwise(y, dz, target, weight, own_rows, scored, outputs, call, shares, partials)
+            spare, levels = elements(like, call.out), elements(like, call.b)
+            spare = part(spare, first * (outputs if call.b else 3 * call.k))
+            elementwise(y, dz, target, weight, own_rows, scored, outputs, call, shares, partials, spare, levels)
             derive(call, like, partials, y, z, dz, count * outputs, 1.0)
     elif kind == t.PADDING:
         end = min(call.k, first + head.block)
@@ -230,6 +232,12 @@ def _open(head: Any, like: Any) -> int:
                 continue
             if not head.clips:
                 head.scale = 1.0 / head.accumulate
+        for number in range(phase.first, phase.end):
+            call = call_at(head.calls, number)
+            if call.missing:
+                rows = elements(np.int64, call.rows + 8 * call.walks * counters[c.ROW_OFFSET])
+                target, weight = elements(like, call.target), elements(like, call.weighted)
+                call.present = present(target, weight, rows, batch_rows(head, counters), call)
         if phase.tasks == 0:
             if call_at(head.calls, phase.first).kind == t.PAUSE:
                 head.phase = at

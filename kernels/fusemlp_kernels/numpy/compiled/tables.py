@@ -72,6 +72,9 @@ DEPTH = 512
 # shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
 # codes, of which x has slots a row; w is (K, N) then, and panels are the sums, with by_r those of one member after
 # another. norm: the rows are normalised, with factors by_s and b, and option is eps. octaves: of the waves of k inputs.
+# packed: out holds the known targets of a loss, k a row, one after another; missing: those that are NaN are left out,
+# and present is the sum of the row weights of the others. Of
+# quantiles b has the levels, k is the place of the middle one, and out is scratch.
 # Then the slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean
 # divides by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its
 # bounds.
@@ -79,8 +82,9 @@ CALL = _record(
     "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
     "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
     "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
-    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm octaves",
-    "fixed_slope rate strength smoothing option divisor largest length low high",
+    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm octaves "
+    "packed missing",
+    "fixed_slope rate strength smoothing option divisor largest length low high present",
 )
 # A column of codes: see ``coding.Place``.
 COLUMN = _record("kind inputs slots first slot sums")
