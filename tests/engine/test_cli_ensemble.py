@@ -405,8 +405,8 @@ def test_a_rare_class_is_learned_and_judged_as_others(tmp_path, capsys):
     assert report["baselines"]["constant"]["balanced_accuracy"] == 0.5
     # classes of the linear model weigh alike too
     assert report["baselines"]["linear"]["balanced_accuracy"] > 0.8
-    assert "it does not use the columns 'id' (counts the rows), 'b' (constant); --keep COLUMN takes one in" in shown
-    assert "It does not use the columns &#39;id&#39;" in (tmp_path / "run/report.html").read_text()
+    assert "it leaves out 'id' (counts the rows), 'b' (constant); --keep COLUMN takes one in" in shown
+    assert "It leaves out &#39;id&#39;" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_verdict_on_several_targets_adds_no_units():

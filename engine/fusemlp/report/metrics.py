@@ -316,7 +316,7 @@ def verdict(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _judgement(report, *standing)
     if left_out := report.get("left_out"):
         reasons = some([f"{name!r} ({reason})" for name, reason in left_out.items()], MOST_NAMED)
-        yield f"it does not use the columns {reasons}; --keep COLUMN takes one in"
+        yield f"it leaves out {reasons}; --keep COLUMN takes one in"
 
 
 def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], chance: float) -> Iterator[str]:
