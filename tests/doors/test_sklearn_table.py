@@ -23,6 +23,7 @@ from fusemlp import ArgumentError, DataError, Huber
 from fusemlp.cli.options import TrainOptions
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.sklearn.table_rows import form_of
 from fusemlp.tables.defaults import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
 from make import QUICK, run
@@ -169,6 +170,7 @@ def test_words_that_stand_for_missing_cells(tmp_path):
     marked = X.assign(size=X["size"].fillna(-999), colour=X["colour"].fillna("unknown"))
     model = classifier(missing=("unknown", -999)).fit(marked, Y)
     np.testing.assert_array_equal(model.predict_proba(marked), classifier().fit(X, Y).predict_proba(X))
+    assert [form_of(classifier(missing=one)).missing for one in (-999, 0, None)] == [["-999"], ["0"], []]
     marked.assign(y=Y).to_csv(tmp_path / "a.csv", index=False)
     given = "--missing", "unknown", "--missing", "-999"
     assert run("train", tmp_path / "a.csv", "--target", "y", *given, *QUICK, "--out", tmp_path / "run") == 0

@@ -172,6 +172,12 @@ def test_the_order_of_a_date():
     assert parse_date("31-12-24", "dmy") is None and parse_date("31.12.24", "ymd") is None
 
 
+def test_a_date_with_a_short_year_shows_a_day_that_is_no_month(tmp_path):
+    kinds = {}
+    read_table(write(tmp_path / "a.csv", "version,day\n1.2.10,1.2.10\n1.12.15,13.12.15\n"), kinds=kinds)
+    assert kinds == {"version": "word", "day": "dmy"}
+
+
 def test_an_ambiguous_order_is_said(tmp_path):
     notes = []
     table = read_table(write(tmp_path / "a.csv", "a,b\n1/2/2024,1\n3/4/2024,2\n"), notes=notes)
@@ -211,6 +217,7 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
             {},
         ),
         ("a,b\n" + "31.12.24,1\n1.2.69,2\n", "", {}),
+        ("a;b\n" + "".join(f"1.{minor}.15;1\n" for minor in range(13)), "'1.1.15' and others such as '1.0.15'", {}),
         ("a;b\n" + "1.5;2,25\n" * 9, "decimal mark ',', but a point in 'a'$", {}),
         ("a;b;c\n" + "1.5;2,25;2\n" * 9, "decimal mark ',' in 'b'$", {}),
     ],
@@ -237,6 +244,12 @@ def test_a_sum_below_the_rows_and_a_target_without_variation_are_said(tmp_path):
     [
         (cells("unknown"), f"line 2, column 'a': {AMONG}", {}),
         (cells("unknown"), f"line 2, column 'a': {AMONG}", {"targets": ["a"]}),
+        (
+            cells("unknown"),
+            "missing 'unknown', or take the column as words with --task classification",
+            {"targets": ["a"]},
+        ),
+        ("a\n" + "\n".join([*DAYS, "soon"]), "such as 31.12.2024; correct .* --missing 'soon', or .*--categorical", {}),
         ("a;b\n" + "1.75;2,25\n" * 9, "'1.75' is not a number with the decimal mark ','", {"form": Form(decimal=",")}),
         ("y;b\n" + "unknown;1\n3;2\n" * 20, "'unknown' is not a number", {"targets": ["y"], "task": "regression"}),
         (cells("1.5", "x"), "line 6, column 'a': 'x' is not a number", {"targets": ["a"]}),
@@ -262,6 +275,8 @@ def test_a_word_among_numbers_is_a_mistake(content, message, options, tmp_path):
         ("a;b\n1.234;5,5\n", {"a": ".", "b": "."}, 1234),
         ("a;b\n1.234;5\n", {"a": ",", "b": ","}, 1234),
         ("a;b\n1.234;5\n", {}, 1.234),
+        # no decimal comma stands between commas
+        ("a,b\n1.234,5\n", {"a": ",", "b": ","}, 1.234),
         # a slip among thousands
         ("a;b\n" + "".join(f"{row}.234;5,5\n" for row in range(1, 30)) + "9.5;1,5\n", {}, None),
     ],

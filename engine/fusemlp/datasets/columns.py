@@ -156,6 +156,7 @@ class Column:
     def __init__(self, name: str, decimal: str, problems: Problems, kind: str | None, with_types: bool = False) -> None:
         self.name, self.decimal, self.problems, self.kind = name, decimal, problems, kind
         self.fixed = kind is not None
+        self.as_words = None if self.fixed else "--categorical"
         self.with_types = with_types
         self.rows = 0
         self.waiting: list[Any] = []
@@ -244,9 +245,13 @@ class Column:
             text for text in texts if parse_date(text, order) and (order == "ymd" or not parse_date(text, "ymd"))
         )
         note = f"column {self.name!r} holds dates such as {date!r}"
-        if len(strange) > (1.0 - MOSTLY) * len(texts):
+        # 1.10.12 may be a version
+        short = re.match(r"\d{1,2}\D\d+\D\d\d(?!\d)", date)
+        if len(strange) > (0.0 if short else (1.0 - MOSTLY) * len(texts)):
             mend = "write all as 2024-12-31, or take them as missing cells with --missing"
             self.notes.append(f"{note} and others such as {strange[0]!r}: all are taken as words; {mend}")
+            return "word"
+        if short and all(moment.day <= 12 for text in texts if (moment := parse_date(text, order))):
             return "word"
         if order != orders[0]:
             self.notes.append(f"{note}, read with the month first")
@@ -262,7 +267,7 @@ class Column:
             elif text.lower().lstrip("+-") in _INFINITE:
                 self.infinite += 1
             else:
-                self._wrong(row, _not_numeric(text, self.decimal, self.fixed))
+                self._wrong(row, _not_numeric(text, self.decimal, self.as_words))
         return numbers
 
     def _dates(self, texts: Any) -> Array:
@@ -280,8 +285,7 @@ class Column:
         wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
         for row in np.flatnonzero(wrong[codes]).tolist():
             word = words[codes[row]]
-            mend = f"correct or delete it, or take it as a missing cell with --missing {word!r}"
-            self._wrong(row, f"{word!r} is not a date such as {EXAMPLES[order]}; {mend}")
+            self._wrong(row, f"{word!r} is not a date such as {EXAMPLES[order]}; {_mends(word, self.as_words)}")
         return np.array([m or "NaT" for m in moments], "datetime64[us]")[codes]
 
     def _wrong(self, row: int, text: str) -> None:
@@ -403,9 +407,10 @@ class Target:
         measured = (len(valid) and task == "regression") or (valid != np.floor(valid)).any()
         measured = measured or any(_holds_numbers(counts, mark) for mark in ".,")
         if task != "classification" and measured:
-            rows = np.flatnonzero(~self.missing)
+            rows, as_words = np.flatnonzero(~self.missing), "" if task else "--task classification"
             for row in wrong.tolist():
-                self.problems.add(self.name, int(rows[row]), _not_numeric(words[codes[row]], self.decimal, None))
+                text = _not_numeric(words[codes[row]], self.decimal, as_words)
+                self.problems.add(self.name, int(rows[row]), text)
         elif len(valid):
             first = (words[codes[row]] for row in (wrong[0], np.flatnonzero(~np.isnan(numbers))[0]))
             notes.append(_both(self.name, *first))
@@ -436,14 +441,17 @@ def _both(name: str, word: str, cell: str) -> str:
     )
 
 
-def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:
-    """Return the mistake; ``fixed`` is whether the kind of the column was given, None for the target."""
+def _not_numeric(text: str, decimal: str, as_words: str | None) -> str:
+    """Return the mistake; ``as_words`` is the option that takes the column as words, None in new rows of a run."""
     if number(text, decimal) is not None:
         return f"{text!r} is not a finite number; correct it or delete the row"
     marked = number(text, {".": ",", ",": "."}[decimal]) is not None
-    mends = ["correct or delete it", *(["change or leave out --decimal"] if marked else [])]
-    mends.append(f"take it as a missing cell with --missing {text.strip()!r}")
-    mends += ["take the column as words with --categorical"] if fixed is False else []
-    others = "the column held numbers in the training data" if fixed else "other values of the column are"
+    others = "the column held numbers in the training data" if as_words is None else "other values of the column are"
     what = f"not a number with the decimal mark {decimal!r}" if marked else f"not a number, but {others}"
-    return f"{text!r} is {what}; {', '.join(mends[:-1])}, or {mends[-1]}"
+    return f"{text!r} is {what}; {_mends(text, as_words, *(['change or leave out --decimal'] if marked else []))}"
+
+
+def _mends(text: str, as_words: str | None, *more: str) -> str:
+    mends = ["correct or delete it", *more, f"take it as a missing cell with --missing {text.strip()!r}"]
+    mends += [f"take the column as words with {as_words}"] if as_words else []
+    return f"{', '.join(mends[:-1])}, or {mends[-1]}"

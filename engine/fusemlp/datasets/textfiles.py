@@ -175,8 +175,8 @@ def headed(
     marks = [form.decimal or mark or usual for mark in shown]
     header = form.header is not False and (form.header or not _is_data(first, marks))
     names = [(header and name.strip()) or f"column_{index}" for index, name in enumerate(first, 1)]
-    # a file that shows its mark stands above an earlier one, unless that had both
-    known = {} if sure and len({*form.earlier.values()}) < 2 else form.earlier
+    # a file that shows its mark, or has commas between fields, stands above an earlier one, unless that had both
+    known = {} if (sure or sep == ",") and len({*form.earlier.values()}) < 2 else form.earlier
     named = zip(names, shown, strict=False)
     return names, header, {name: form.decimal or mark or known.get(name, usual) for name, mark in named}
 

@@ -26,7 +26,7 @@ _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
 def form_of(estimator: Any) -> Form:
     """Return the form of an estimator's tables: the words that stand for missing cells."""
     missing = estimator.missing
-    return Form(missing=[missing] if isinstance(missing, str) else [str(word) for word in missing or ()])
+    return Form(missing=[str(word) for word in ([missing] if np.isscalar(missing) else missing or ())])
 
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
