@@ -406,6 +406,8 @@ def test_a_rare_class_is_learned_and_judged_as_others(tmp_path, capsys):
     # classes of the linear model weigh alike too
     assert report["baselines"]["linear"]["balanced_accuracy"] > 0.8
     assert "it leaves out 'id' (counts the rows), 'b' (constant); --keep COLUMN takes one in" in shown
+    assert run("train", "--resume", tmp_path / "run", "--epochs", "31", "--quiet") == 0
+    assert read(tmp_path / "run/report.json")["left_out"] == report["left_out"]
     assert "It leaves out &#39;id&#39;" in (tmp_path / "run/report.html").read_text()
 
 

@@ -22,7 +22,7 @@ from fusemlp.report.evidence import Evidence, guarantee_lines
 from fusemlp.report.metrics import headline, score, spelled, verdict
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.runs import Run, joint, read_history, read_json, write_json, write_training_rows
+from fusemlp.report.runs import Run, joint, read_columns, read_history, read_json, write_json, write_training_rows
 from fusemlp.report.uncertainty import Temperature, scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
@@ -207,6 +207,9 @@ def finish(
             engine.save_checkpoint(run.checkpoint("last"))
     with progress.waiting("scoring", quiet=quiet, elsewhere=True):
         report, tested = report_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
+    # also those of a run that goes on, whose table is read by its columns
+    if left_out := {row["column"]: row["note"] for row in read_columns(run) if row["became"] == "left out"}:
+        report["left_out"] = left_out
     report["commit"] = commit()
     scored(report)
     if not history.epochs:

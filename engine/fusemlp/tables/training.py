@@ -362,8 +362,6 @@ def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
         "dead_units": dead,
         "diagnosis": [asdict(finding) for finding in history.diagnose(dead, **known, python=False)],
     }
-    if left_out := {role.name: role.note for role in prepared.dataset.roles if role.kind == "left out"}:
-        report["left_out"] = left_out
     if engine.privacy is not None:
         report["privacy"] = engine.privacy_spent()
     tested = _judged(trained, report) if trained.failure is None else None
