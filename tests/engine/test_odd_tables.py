@@ -487,8 +487,10 @@ def test_excel(tmp_path, monkeypatch):
     }
     bare = write_excel(tmp_path / "bare.xlsx", [[1, "x"], [2, "y"]])
     assert read_table(bare, form=Form(header=False))["column_1"].tolist() == [1, 2]
-    typed = write_excel(tmp_path / "text.xlsx", [["a", "b"], ["1,5", 0.25], ["2.000,75", 3]])
-    assert {name: cells.tolist() for name, cells in read_table(typed).items()} == {"a": [1.5, 2000.75], "b": [0.25, 3]}
+    typed = write_excel(tmp_path / "text.xlsx", [["a", "b"], ["1,5", 1.125], ["2.000,75", 3]])
+    for form in (Form(), Form(earlier={"a": ".", "b": ","})):
+        sheet = read_table(typed, form=form)
+        assert sheet["a"].tolist() == [1.5, 2000.75] and sheet["b"].tolist() == [1.125, 3]
     wide = write_excel(tmp_path / "wide.xlsx", [["a", "b"], [1, 2], [None], [3, 4, 5]])
     with pytest.raises(DataError, match=r"wide\.xlsx, line 4: expected 2 fields, as the header has, found 3"):
         read_table(wide)

@@ -186,9 +186,9 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
             book.close()
 
     sample = [texts for _, texts in itertools.islice(rows(), textfiles.SAMPLE)]
-    # numbers have no mark in a sheet, texts may have one
-    form = replace(form, decimal=None)
-    names, header, decimals = textfiles.headed(path, sample[0] if sample else [], sample, ",", form)
+    # numbers have no mark in a sheet, texts may show one
+    form = replace(form, decimal=None, earlier={})
+    names, header, decimals = textfiles.headed(path, sample[0] if sample else [], sample, "", form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         for line, texts in itertools.islice(rows(), int(header), None):

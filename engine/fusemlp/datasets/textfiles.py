@@ -335,7 +335,7 @@ def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
 
     Three digits after a mark may be thousands: such a number counts only where nothing else decides, and for a comma
     only in a file separated by semicolons, as spreadsheets write it where the comma is the decimal mark. A column
-    decides by itself if most of its marks are sure.
+    decides by itself if most of its marks are sure, and in a sheet, without a separator, alone.
     """
     columns = [Counter(map(_shown, cells)) for cells in itertools.zip_longest(*rows, fillvalue="")]
     counts: Counter[str] = sum(columns, Counter())
@@ -345,7 +345,7 @@ def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
 
     marks = [most(own) if own["sure,"] + own["sure."] > own["maybe,"] + own["maybe."] else "" for own in columns]
     if counts["sure,"] or counts["sure."]:
-        return marks, most(counts), True
+        return marks, most(counts) if sep else ".", True
     return marks, "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else ".", False
 
 
