@@ -148,6 +148,9 @@ def function_name(function: Any) -> str:
 
 def returned_number(argument: str, name: str, value: Any) -> float:
     """Return the number that the function ``name`` has returned, which may be NaN; refuse anything else."""
+    # np.ndim takes a microsecond, in each step with a loss of the caller's
+    if isinstance(value, float):
+        return float(value)
     try:
         if np.ndim(value) == 0 and not isinstance(value, str | bytes):
             return float(value)
