@@ -72,6 +72,10 @@ CASES = {
         (9, 24, 3), {"loss": fusemlp.MSE(missing=True), "optimizer": fusemlp.SGD(lr=0.05, accumulate=3), **FP64},
         numbers=True, gaps=True,
     ),
+    "gaussian sum fp64": Case(
+        (9, 24, 6), {"loss": fusemlp.GaussianNLL(missing=True, reduction="sum"), **ADAM, **FP64},
+        numbers=True, gaps=True,
+    ),
     "columns": Case((27, 24, 4), ADAM, coded=True, validates=True),
     "columns fp64": Case((27, 24, 4), {**MOMENTUM, **FP64, "batch_size": 64}, coded=True),
     "early stopping": Case(
@@ -99,7 +103,7 @@ def data(case):
     """Return the arguments of ``fit``."""
     made = case.engine()
     generator = np.random.default_rng(7)
-    inputs, outputs = made.network.sizes[0], made.network.sizes[-1]
+    inputs, outputs = made.network.sizes[0], made.network.sizes[-1] // made.loss.width
     X = generator.normal(size=(case.rows + 40, inputs))
     y = generator.normal(size=(case.rows + 40, outputs))
     if not case.numbers:
