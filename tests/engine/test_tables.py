@@ -210,6 +210,7 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
         (cells("unknown"), "", {"form": Form(missing=["unknown"])}),
         ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3': .*--missing 'x'", {}),
         ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3'", {"targets": ["a"]}),
+        (cells("N12"), "holds words, such as 'N12', and numbers, such as '101'", {}),
         (cells("x"), "holds words, such as 'x', and .*", {"targets": ["a"], "task": "classification"}),
         (
             "a;b\n" + "".join(f"{day};1\n" for day in MIXED),

@@ -24,6 +24,7 @@ _FEW = 20
 _STAND_INS = frozenset({-1.0, *(sign * (10.0**digits - 1) for sign in (-1, 1) for digits in range(1, 7))})
 # The number of rows with values that tell the kind of a column.
 _TELLING = 4096
+_DIGIT = re.compile(r"\d")
 # A number that is text for a reason.
 _MARKED = re.compile(r"[^\d.+\-eE\s]")
 # A time with a zone, and whole numbers of which some have more digits than float64 holds.
@@ -121,11 +122,14 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
 def _holds_numbers(rows: Mapping[str, int], decimal: str) -> bool:
     """Return whether nearly all cells, or different ones, are numbers, with any words among too many to be names.
 
-    ``rows`` are those of each different cell.
+    ``rows`` are those of each different cell. Frequent cells such as N12 and 90+ make a column of codes.
     """
-    numbers = [text for text in rows if number(text, decimal) is not None]
-    mostly = sum(map(rows.__getitem__, numbers)) >= MOSTLY * sum(rows.values()) or len(numbers) >= MOSTLY * len(rows)
-    return mostly and (len(numbers) == len(rows) or len(rows) > _FEW)
+    numbers = {text: count for text, count in rows.items() if number(text, decimal) is not None}
+    words = rows.keys() - numbers.keys()
+    mostly = sum(numbers.values()) >= MOSTLY * sum(rows.values())
+    if not mostly and len(numbers) >= MOSTLY * len(rows):
+        mostly = not any(map(_DIGIT.search, words))
+    return mostly and (not words or len(rows) > _FEW)
 
 
 def stand_in(name: str, values: Array) -> list[str]:
