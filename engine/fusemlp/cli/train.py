@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping
@@ -26,7 +27,7 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, append_metrics, open_run, read_json
-from fusemlp.runtime.files import write_atomically
+from fusemlp.runtime.files import replace_file, write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
@@ -65,8 +66,7 @@ class Recorder(Callback):
         if is_best:
             engine.save_checkpoint(self.run.checkpoint("best"))
         if due and is_best and leading():
-            # to save again would need all ranks
-            write_atomically(self.run.checkpoint("last"), self.run.checkpoint("best").read_bytes())
+            self._link_last()
         elif due and not is_best:
             engine.save_checkpoint(self.run.checkpoint("last"))
 
@@ -90,6 +90,18 @@ class Recorder(Callback):
                     )
                 return
             del self._rows[0]
+
+    def _link_last(self) -> None:
+        """Make the checkpoint ``last`` a link to ``best``, which was just written."""
+        best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
+        temporary = last.with_name(f".{last.name}.tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            os.link(best, temporary)
+            replace_file(temporary, last)
+        except OSError:
+            # Without hard links, write a second file; to save again would need all ranks.
+            write_atomically(last, best.read_bytes())
 
 
 # The options that --resume accepts; all others keep the values of the run.
