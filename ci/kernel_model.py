@@ -24,7 +24,7 @@ import kernel_variants
 from gpu_items import FIGURES
 from kernel_launches import GOAL_TARGET, Goal, Recorded, launches_of
 from kernel_loops import LAST, ONCE
-from kernel_programs import Programs, Row, Work, over, resident_programs, work_of
+from kernel_programs import Programs, Row, Work, card_phases, over, resident_programs, work_of
 from kernel_waits import CLOCK, PROCESSORS, SUSTAINED
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
@@ -166,6 +166,14 @@ def expected(launch: Recorded, work: Work, row: Row, goal: Goal, card: Card = H1
     return Expected(call_of(launch), count, waves, limit, seconds, row["triton"])
 
 
+def expected_card(launch: Recorded, row: Row, card: Card = H100) -> Expected:
+    """Return the expected time of a step of ``card_kernel``: of each phase its longest program, and meetings."""
+    phases = card_phases(launch)
+    cycles = sum(max(_passes(row["waits"], row["loops"], trips) for trips in phase) for phase in phases)
+    seconds = cycles / card.clock + (len(phases) - 1) * card.grid_barrier
+    return Expected(call_of(launch), launch.programs, len(phases) - 1, "waits", seconds, row["triton"])
+
+
 def call_of(launch: Recorded) -> str:
     """Return the name of a launch, with its tile."""
     sides = (launch.tile.rows, launch.tile.columns, launch.tile.depth)
@@ -193,7 +201,10 @@ def step(goal: Goal, rows: Mapping[tuple[str, str], Row] | None = None, card: Ca
         row = rows.get((variant.kernel, variant.name))
         if row is None or row["source"] != kernel_variants.source_hash(variant.kernel, GOAL_TARGET):
             row = kernel_variants.compile_variant(variant, GOAL_TARGET)
-        found.append(expected(launch, work_of(launch), row, goal, card))
+        on_card = launch.name == "card"
+        found.append(
+            expected_card(launch, row, card) if on_card else expected(launch, work_of(launch), row, goal, card)
+        )
     return found
 
 
@@ -237,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=tuple(kernel_variants.ELEMENTS))
     parser.add_argument(
-        "--plan", default="eager", choices=("eager", "narrow", "resident"), help="eager stands for a graph too"
+        "--plan", default="eager", choices=("eager", "narrow", "card", "resident"), help="eager stands for a graph too"
     )
     parser.add_argument("--optimizer", default="sgd", choices=kernel_variants.RULES)
     parser.add_argument("--models", type=int, default=1, help="models of a fleet, with --plan resident")

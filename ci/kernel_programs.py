@@ -186,6 +186,44 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     }  # fmt: skip
 
 
+def card_phases(launch: Recorded) -> list[list[dict[str, int]]]:
+    """Return the trips of the loops of ``card_kernel`` in each phase of a step, for each program. Programs meet after a
+    phase but the first."""
+    batch, tile, programs = launch.arguments["M"], launch.tile, launch.programs
+    assert isinstance(tile, configs.ResidentTile)
+    places = [resident_layers.LAYER_FIELDS.index(name) for name in ("N", "K")]
+    sizes = [[row[place] for place in places] for row in launch.arguments["layers"].tolist()]
+    down, step = over(batch, tile.rows), tile.split * tile.depth
+
+    def own(tiles: int, program: int, dealt: int = 0) -> int:
+        return max(over(tiles - (program - dealt) % programs, programs), 0)
+
+    def shared(name: str, tiles: int, reduction: int, **others: int) -> list[dict[str, int]]:
+        counts = [own(tiles, program) for program in range(programs)]
+        return [{name: each, f"{name}.tile_product": each * over(reduction, step), **others} for each in counts]
+
+    ahead = [shared("forward", down * over(n, tile.columns), k, **{"card_kernel 2": 1}) for n, k in sizes[:-1]]
+    loss = shared("output_and_loss", over(batch, tile.output_rows), sizes[-1][1])
+    back = [shared("backward", down * over(k, tile.columns), n, **{"card_kernel 3": 1}) for n, k in sizes[:0:-1]]
+    last = [dict[str, int]() for _ in range(programs)]
+    for program, trips in enumerate(last):
+        dealt = weights = biases = 0
+        for n, k in sizes:
+            tall = over(n, tile.weight_rows)
+            wide = tall * over(k, tile.weight_columns)
+            weights += own(wide, program, dealt)
+            biases += own(tall, program, dealt + wide)
+            dealt += wide + tall
+        trips |= {"update_layers": len(sizes), "update_layers 2": weights, "update_layers 3": biases}
+        trips |= {
+            f"update_layers{loop}": each * over(batch, step)
+            for loop, each in ((".tile_product", weights), (" 4", biases))
+        }
+    # the last program takes the way through the clock, not the usual one
+    last[-1] |= {"tick()": 1, "card_kernel": -1, "sum_of": 3 * over(programs, PARTIALS)}
+    return [[{"card_kernel": 1}], *ahead, loss, *back, last]
+
+
 def resident_programs(row: Row, warps: int) -> int:
     """Return the number of programs of a kernel that a multiprocessor holds at a time."""
     registers = over(row["registers"], REGISTER_UNIT) * REGISTER_UNIT * 32 * warps

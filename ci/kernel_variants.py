@@ -28,6 +28,7 @@ from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
+    card,
     clock,
     configs,
     gradients,
@@ -63,6 +64,7 @@ KERNELS = {
     "encode": rowwise.encode_kernel,
     "grad_encode": rowwise.grad_encode_kernel,
     "resident": resident.resident_kernel,
+    "card": card.card_kernel,
     "narrow": narrow.narrow_kernel,
 }
 PRODUCTS = (
@@ -73,6 +75,7 @@ PRODUCTS = (
     "linear_members",
     "grad_input_members",
     "resident",
+    "card",
     "narrow",
 )
 # Those of the matrices that can be tensor descriptors.
@@ -96,6 +99,7 @@ POINTERS = {
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
+    **{"arrived": "i64", "clocks": "i64", "clock_numbers": "fp64"},
     "ticket": "i32",
     **{f"{name}{index}": kind for name, kind in (("w", "compute"), ("b", "fp32")) for index in range(3)},
 }
@@ -128,7 +132,7 @@ class Variant:
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
         )
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
-        words += [f"split={tile.split}"] if tile.split > 1 and self.kernel != "resident" else []
+        words += [f"split={tile.split}"] if tile.split > 1 and self.kernel not in ("resident", "card") else []
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
 
 
@@ -218,6 +222,11 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)
             yield Variant("resident", precision, resident_tile, constants)
+        if "card" in configs.TABLES[arch.family]:
+            for card_tile in configs.resident_tiles(arch.family, precision, "card"):
+                for entropy in (False, True):
+                    constants = configs.card_constants(card_tile, product, entropy=entropy)
+                    yield Variant("card", precision, card_tile, constants)
     narrow_tile = configs.narrow_tile(arch, precision)
     if narrow_tile is not None:
         yield from _narrow(narrow_tile, precision, product)

@@ -23,7 +23,7 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacks, files
 from fusemlp.runtime.attacks import attack
-from fusemlp.runtime.plans import availability
+from fusemlp.runtime.plans import LOOPED, availability
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
@@ -89,9 +89,9 @@ class Engine(Trainer):
     order of the rows and the dropout masks: with the same seed, machine and versions a run repeats bit for bit.
     ``backend`` is "auto" (the first of triton, cupy, numpy that works) or a name; ``device`` the backend's device;
     ``precision`` "fp32"; "fp64" on NumPy; "tf32", "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan``
-    "auto", "eager", "graph", "narrow" or "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the
-    choice; with "resident" ``fit`` runs many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows
-    the kernel calls of a step.
+    "auto", "eager", "graph", "narrow", "card" or "resident". The attributes ``backend``, ``plan`` and ``plan_reason``
+    hold the choice; with "card" and "resident" ``fit`` runs many steps in one call, and ``step`` is eager.
+    ``print(engine.program)`` shows the kernel calls of a step.
 
     ``normalise=True`` subtracts from each column of the inputs its mean in the first ``fit``, and divides by its
     standard deviation there, in training and prediction alike; ``normalise=X`` measures the rows X (n, K) at once. The
@@ -197,7 +197,7 @@ class Engine(Trainer):
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return program_of_fit(self, resident=self.plan == "resident")
+        return program_of_fit(self, resident=self.plan in LOOPED)
 
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""

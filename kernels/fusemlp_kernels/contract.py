@@ -269,14 +269,16 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class ResidentLimits:
-    """The largest network that a backend's ``train_resident`` takes, and what a step takes there and in launches.
+    """The largest network that a kernel of a backend's ``train_resident`` takes, and what a step takes there and in
+    launches.
 
     ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: its
     step takes ``step`` seconds, and one for each ``speed`` floating-point operations. In launches on the whole card it
     takes ``launch`` seconds for each, and ``element`` for each element along the products' reductions, which run one
-    after another.
+    after another. With ``tiles`` no phase may have more of them: 16 x 64 weights, or 16 x 16 outputs of a layer.
     """
 
+    kernel: str
     layers: int
     inputs: int
     width: int
@@ -285,8 +287,9 @@ class ResidentLimits:
     precisions: tuple[str, ...]
     step: float
     speed: float
-    launch: float
-    element: float
+    launch: float = 0.0
+    element: float = 0.0
+    tiles: int | None = None
 
     def resident_seconds(self, flops: int) -> float:
         """Return the time of a step of ``flops`` operations in the resident kernel."""
@@ -325,7 +328,8 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
     ``grad_weight`` knows the norm of the gradients. ``split_rows``, ``split_size``: see ``batch_parts``.
     ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's. ``resident``: None if any network may
-    be resident. ``narrow``: None without ``train_narrow``. ``reads_codes``: a first layer takes the operand ``coding``.
+    be resident. ``card``: the limits of a model alone on the card. ``narrow``: None without ``train_narrow``.
+    ``reads_codes``: a first layer takes the operand ``coding``.
     """
 
     name: str
@@ -341,6 +345,7 @@ class Traits:
     split_size: int = 0
     on_host: bool = False
     resident: ResidentLimits | None = None
+    card: ResidentLimits | None = None
     narrow: NarrowLimits | None = None
     reads_codes: bool = False
 
@@ -351,17 +356,18 @@ class Traits:
 
 
 def resident_refusal(
-    traits: Traits, sizes: Sequence[int], batch: int, precision: str, others: Sequence[str] = ()
+    limits: ResidentLimits | None, name: str, sizes: Sequence[int], batch: int, precision: str, others: Sequence[str]
 ) -> str | None:
-    """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has.
+    """Return why the kernel of backend ``name`` with these limits takes no network of these widths, inputs first; None
+    if it does.
 
     ``others``: words for what the steps have beside plain layers.
     """
-    limits = traits.resident
     if limits is None:
         return None
+    kernel = f"the {name} backend's {limits.kernel}"
     if others:
-        return f"the {traits.name} backend's resident kernel trains without {others[0]}"
+        return f"{kernel} trains without {others[0]}"
     for what, count, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),
@@ -370,9 +376,15 @@ def resident_refusal(
         ("rows in a batch", batch, limits.batch),
     ):
         if count > most:
-            return f"{count} {what} are more than the {most} of the {traits.name} backend's resident kernel"
+            return f"{count} {what} are more than the {most} of {kernel}"
     if precision not in limits.precisions:
-        return f"the {traits.name} backend's resident kernel is for {', '.join(limits.precisions)}, not for {precision}"
+        return f"{kernel} is for {', '.join(limits.precisions)}, not for {precision}"
+    widths = [[-(-size // side) for size in sizes] for side in (16, 64)]
+    # a layer's biases are a column of tiles more
+    weights = sum(n * (k + 1) for n, k in zip(widths[0][1:], widths[1], strict=False))
+    tiles = max([weights, *(-(-batch // 16) * n for n in widths[0][1:-1])])
+    if limits.tiles is not None and tiles > limits.tiles:
+        return f"{tiles} tiles are more than the {limits.tiles} programs of {kernel}, so that launches are faster"
     return None
 
 

@@ -480,6 +480,7 @@ OPS = {op.name: op for op in (
         Operand("batch", note="M, the rows of a step"),
         _ARENAS,
         _HISTORY,
+        Operand("card", optional=True, default=False, note="whether the whole card trains the model; Triton alone"),
         Operand(
             "shards", optional=True, default=(),
             note="the row of the batch with which each of several shards of M rows begins: the calls are those of the "

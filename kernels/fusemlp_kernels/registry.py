@@ -16,7 +16,7 @@ _log = logging.getLogger("fusemlp")
 # The device files of the drivers of NVIDIA (also under WSL) and AMD.
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-PLANS = ("eager", "graph", "narrow", "resident")
+PLANS = ("eager", "graph", "narrow", "card", "resident")
 
 TRAITS = {
     "triton": Traits(
@@ -34,6 +34,7 @@ TRAITS = {
         # The seconds are fitted to the bounds of ci/kernel_cycles.py, with 1.3 us from one launch of a graph to the
         # next; not yet measured on a GPU.
         resident=ResidentLimits(
+            "resident kernel",
             layers=8,
             inputs=4096,
             width=256,
@@ -44,6 +45,10 @@ TRAITS = {
             speed=4.7e11,
             launch=2.1e-6,
             element=3e-9,
+        ),
+        # the programs of an H100: with two tiles each ci/kernel_model.py expects no less than of launches
+        card=ResidentLimits(
+            "card kernel", 8, 4096, 1024, 16, 1024, ("fp32", "tf32", "bf16"), step=8e-6, speed=2e13, tiles=132
         ),
         # two programs on each multiprocessor of an H100
         narrow=NarrowLimits(layers=2, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),

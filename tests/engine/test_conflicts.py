@@ -285,8 +285,8 @@ def test_the_tables_features_are_walked():
         "estimator",
         "models",
         "FusedMLP",
-        # tests/kernels/test_narrow.py
-        "narrow plan",
+        # tests/kernels/test_narrow.py, test_triton_resident.py
+        *("narrow plan", "card plan"),
         # tests/doors/test_loss_doors.py
         "label_smoothing",
         # test_layer_doors.py

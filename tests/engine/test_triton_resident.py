@@ -72,6 +72,35 @@ def test_the_interpreter_is_eager_unless_asked():
         Engine(NET, backend="triton", precision="fp16", plan="resident")
 
 
+REFUSED = {
+    "prelu": (MLP([4, 8, 2], activation="prelu"), {}, "learns no slope"),
+    "clip_norm": (NET, {"optimizer": SGD(clip_norm=1.0)}, "stores no gradients"),
+    "accumulate": (NET, {"optimizer": SGD(accumulate=2)}, "one batch an update"),
+    "ema": (NET, {"optimizer": SGD(ema=0.9)}, "keeps no average"),
+    "norm": (MLP([4, 8, 2], norm="layer"), {}, "card kernel trains without norm"),
+    "members": (MLP([4, 8, 2], members=2), {}, "card kernel trains without members"),
+    "wide": (MLP([4, 1025, 2]), {}, "1025 units in a hidden layer are more than the 1024 of the triton backend's card"),
+    "weights": (MLP([784, 512, 256, 10]), {}, "597 tiles are more than the 132 programs of .* so that launches are f"),
+    "rows": (MLP([64, 64, 10]), {"batch_size": 544}, "136 tiles are more than the 132 programs"),
+    "outputs": (MLP([4, 17]), {}, "17 outputs are more than the 16"),
+    "fp16": (NET, {"precision": "fp16"}, "card kernel is for fp32, tf32, bf16, not for fp16"),
+}
+
+
+@pytest.mark.parametrize(("net", "options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_the_card_kernel_has_no_phase_for_is_refused(net, options, said):
+    with pytest.raises((fusemlp.ArgumentError, fusemlp.BackendUnavailableError), match=said):
+        Engine(net, backend="triton", plan="card", **options)
+
+
+def test_the_card_plan_is_asked_for():
+    assert Engine(NET, backend="triton", plan="card").plan_reason == "asked for; no card has run it yet"
+    assert choose_plan("auto", TRAITS["triton"], MLP([784, 128, 10]), 128, "fp32")[0] == "graph"
+    with pytest.raises(fusemlp.ArgumentError, match="the card kernel trains on batches as they are"):
+        Engine(NET, backend="triton", plan="card").fit(X, y, epochs=1, adversarial=fusemlp.FGSM(0.1))
+    assert resident_chunk(TRAITS["triton"], 65_000_000, "card") == int(0.05 / (8e-6 + 65_000_000 / 2e13))
+
+
 class Bounded(fusemlp.Callback):
     """Compare every update, from the state before it, and every loss with the oracle's."""
 
@@ -91,12 +120,13 @@ class Bounded(fusemlp.Callback):
         self.checked += 1
 
 
-def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same_bits():
-    net = fusemlp.MLP([WIDTH, 9, 6, CLASSES], activation=["gelu", fusemlp.PReLU(0.2)], dropout=[0.0, 0.3])
+@pytest.mark.parametrize(("plan", "second"), [("resident", fusemlp.PReLU(0.2)), ("card", "tanh")])
+def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same_bits(plan, second):
+    net = fusemlp.MLP([WIDTH, 9, 6, CLASSES], activation=["gelu", second], dropout=[0.0, 0.3])
     fitted = []
     for callbacks in ([Bounded()], []):
         loss = fusemlp.CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1])
-        engine = Engine(net, loss, fusemlp.Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan="resident")
+        engine = Engine(net, loss, fusemlp.Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan=plan)
         engine.fit(X, y, epochs=2, sample_weight=WEIGHT, callbacks=callbacks)
         fitted.append(engine)
         assert not callbacks or callbacks[0].checked == 4

@@ -64,9 +64,10 @@ def _up(number, step):
 
 class Fleet:
     """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model. With ``epochs`` there
-    are rows for this many, and accounts of them. On Triton a run is one launch of ``train_fleet``."""
+    are rows for this many, and accounts of them. On Triton a run is one launch of ``train_fleet``, or of
+    ``train_resident`` with the operands ``others``."""
 
-    def __init__(self, variant, shape, models, op="train_fleet", epochs=None):
+    def __init__(self, variant, shape, models, op="train_fleet", epochs=None, **others):
         self.variant, self.shape, self.models = variant, shape, models
         real, count = variant.real, len(models)
         multiple = variant.traits.row_multiple
@@ -141,7 +142,7 @@ class Fleet:
         }  # fmt: skip
         self.alone = op == "train_resident"
         if self.alone:
-            self.run = variant.bind(op, writes, **self.operands_of_one())
+            self.run = variant.bind(op, writes, **self.operands_of_one(), **others)
         elif variant.device.backend == "triton":
             self.run = variant.bind(op, writes, **self.operands())
         else:

@@ -123,13 +123,15 @@ def test_a_fleet_repeats_bitwise_and_in_launches_of_any_length():
 
 
 @pytest.mark.parametrize("precision", ["fp32"] if REHEARSED else ["fp32", "tf32", "bf16"])
-def test_resident_is_the_training_of_a_graph(precision):
+def test_launches_of_many_steps_are_the_training_of_a_graph(precision):
     """Other sums, so other roundings: the losses of an epoch agree to the precision of the products."""
     rng = np.random.default_rng(0)
     rows, inputs, outputs = 32 if REHEARSED else 320, NET.sizes[0], NET.sizes[-1]
     X, y = rng.standard_normal((rows, inputs)).astype(np.float32), rng.integers(0, outputs, rows)
     fitted = []
-    for plan in ("resident", "eager" if REHEARSED else "graph"):
+    plans = {"resident", "card"} & {*Engine(NET, backend="triton", precision=precision).memory.backend.traits.plans}
+    for plan in ("eager" if REHEARSED else "graph", *plans):
         engine = Engine(NET, batch_size=32, seed=3, backend="triton", precision=precision, plan=plan)
         fitted.append(engine.fit(X, y, epochs=1).history["loss"][0])
-    assert abs(fitted[0] - fitted[1]) <= {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision] * fitted[1]
+    tolerance = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision] * fitted[0]
+    assert all(abs(loss - fitted[0]) <= tolerance for loss in fitted)

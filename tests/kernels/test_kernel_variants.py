@@ -42,10 +42,12 @@ def command():
 
 
 def kernels_of(target, *precisions):
-    """Return the names of the kernels of ``target``: of all but the narrow one, where its tile does not fit."""
+    """Return the names of the kernels of ``target``: of all but the narrow one, where its tile does not fit, and the
+    card's, where it has no tiles."""
     arch = configs.Architecture(configs.family_of(target), 132)
     narrow = any(configs.narrow_tile(arch, precision) for precision in precisions)
-    return set(kernel_variants.KERNELS) - (set() if narrow else {"narrow"})
+    whole = "card" in configs.TABLES[arch.family]
+    return set(kernel_variants.KERNELS) - (set() if narrow else {"narrow"}) - (set() if whole else {"card"})
 
 
 def compiled_as(launch, precision):
@@ -67,7 +69,7 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
     # The clock alone is for steps with nothing to train, the norm alone for external gradients and for members under a
     # loss scale. Under that there is no resident plan, and no privacy.
     alone = {"advance"} if precision == "fp16" else {"advance", "norm"}
-    alone |= set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident", "clip_examples"}
+    alone |= set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident", "card", "clip_examples"}
     assert {launch.name for launch in found} == kernels_of(target, precision) - alone
 
 
@@ -298,7 +300,7 @@ def test_networks_within_the_limits_have_a_compiled_kernel(target, sizes, output
     known = {variant.name for variant in kernel_variants.variants(target) if variant.kernel == "resident"}
     arch = configs.Architecture(configs.family_of(target), 1)
     for precision in kernel_variants.RESIDENT_PRECISIONS:
-        assert resident_refusal(TRAITS["triton"], sizes, 64, precision) is None
+        assert resident_refusal(TRAITS["triton"].resident, "triton", sizes, 64, precision, ()) is None
         tile = configs.resident_tile(arch, precision, sizes)
         assert tile.outputs == outputs >= sizes[-1]
         constants = configs.resident_constants(tile, arch.product(precision))
@@ -311,6 +313,10 @@ def test_the_limits_are_those_of_the_tiles():
     for family in FAMILIES:
         for precision in kernel_variants.RESIDENT_PRECISIONS:
             assert configs.resident_tiles(family, precision)[-1].outputs == limits.outputs
+            if "card" in configs.TABLES[family]:
+                tile = configs.resident_tiles(family, precision, "card")[-1]
+                card = TRAITS["triton"].card
+                assert (tile.outputs, tile.inputs, tile.units) == (card.outputs, card.inputs, card.width)
 
 
 def test_another_result_than_recorded_is_noticed(command):

@@ -32,7 +32,7 @@ from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import heat_figure, importance_figure, literal, sweep_figure
 from fusemlp.report.written import csv_bytes
 from fusemlp.runtime.files import write_atomically
-from fusemlp.runtime.plans import planned, thread_limits
+from fusemlp.runtime.plans import LOOPED, planned, thread_limits
 from fusemlp.tables.descriptions import network
 from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS, ModelRecipe
 from fusemlp_kernels.errors import (
@@ -129,7 +129,7 @@ def _trains(name: str, precision: str, plan: str) -> bool:
     except (ArgumentError, BackendUnavailableError):
         return False
     x, y = np.eye(2, 4), np.array([0, 1])
-    if plan == "resident":
+    if plan in LOOPED:
         # ``step`` always runs the eager plan, so call ``fit``.
         return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
     return math.isfinite(float(engine.step(x, y)))

@@ -86,6 +86,18 @@ CONFLICTS = {
             "ranks": "has no collective between its two launches",
         }.items()
     },
+    # the whole card as one program
+    **{
+        (feature, "card plan"): f"plan: the card kernel {words}, got 'card'; use plan='auto'"
+        for feature, words in {
+            "prelu": "learns no slope of prelu",
+            "clip_norm": "stores no gradients whose norm it could take",
+            "accumulate": "takes one batch an update",
+            "ema": "keeps no average",
+            "adversarial": "trains on batches as they are",
+            "ranks": "trains on one card",
+        }.items()
+    },
     # targets of tables
     ("return_std", "quantiles"): "return_std: the loss quantiles learns no deviation; use predict_quantiles, or train "
     "with the loss gaussian",

@@ -108,7 +108,7 @@ class Optimizer(Description):
     def uses(self) -> Features:
         """The features that it uses, for ``conflicts``."""
         accumulate = self.accumulate if self.accumulate > 1 else None
-        return in_use(clip_norm=self.clip_norm, accumulate=accumulate)
+        return in_use(clip_norm=self.clip_norm, accumulate=accumulate, ema=self.ema or None)
 
     @cached_property
     def patterns(self) -> tuple[tuple[str, ParameterOptions], ...]:

@@ -48,6 +48,8 @@ CALLED_BACK = 16
 LAUNCH_SECONDS = 0.05
 # Features that a resident kernel may lack, as its traits call them.
 BLOCKS = "norm and residual blocks"
+# On a card the plans of which a launch has many steps.
+LOOPED = ("card", "resident")
 BESIDE = {"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"}
 
 
@@ -113,16 +115,17 @@ def choose_plan(
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN
     beside = [words for feature, words in BESIDE.items() if feature in (net.uses if features is None else features)]
-    refusal = resident_refusal(traits, net.widths, batch, precision, beside)
+    limits = traits.card if plan == "card" else traits.resident
+    refusal = resident_refusal(limits, traits.name, net.widths, batch, precision, beside)
     if plan == "auto":
         return _fastest(traits, refusal, net.widths, batch * net.members, models)
     if plan not in traits.plans:
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
         )
-    if plan == "resident" and refusal is not None:
+    if plan in LOOPED and refusal is not None:
         raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
-    return plan, ASKED
+    return plan, UNPROVEN if plan == "card" else ASKED
 
 
 def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: int, models: int) -> tuple[str, str]:
@@ -145,14 +148,15 @@ def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: in
     return best, f"{said}: fit runs many steps in one launch"
 
 
-def resident_chunk(traits: Traits, flops: int) -> int:
-    """Return the steps of one launch of the resident plan, a step having ``flops`` operations.
+def resident_chunk(traits: Traits, flops: int, plan: str = "resident") -> int:
+    """Return the steps of one launch of a plan with many steps a launch, a step having ``flops`` operations.
 
     A launch takes a tenth of a second or less, so that the display and Ctrl-C need not wait.
     """
-    if traits.resident is None:
+    limits = traits.card if plan == "card" else traits.resident
+    if limits is None:
         return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
-    return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
+    return max(1, int(LAUNCH_SECONDS / limits.resident_seconds(flops)))
 
 
 def shared_plan(

@@ -60,14 +60,14 @@ class BoundProgram:
         # how many steps it is left alone for
         self.chunk = UNINTERRUPTED
         if self._resident or backend.traits.on_host:
-            self.chunk = resident_chunk(backend.traits, program.flops)
+            self.chunk = resident_chunk(backend.traits, program.flops, plan)
         if program.calls_back:
             self.chunk = min(self.chunk, CALLED_BACK)
         self._captures = plan == "graph" or (plan == "narrow" and "graph" in backend.traits.plans)
         self._binders = binders or {}
-        self.use(self._bound(memory))
+        self.use(self._bound(memory, plan))
 
-    def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
+    def _bound(self, memory: Memory, plan: str) -> tuple[Callable[..., object], ...]:
         backend, program = self.backend, self.program
 
         def bind(at: int, op: str, operands: dict[str, Any]) -> Callable[..., object]:
@@ -86,6 +86,7 @@ class BoundProgram:
                 "batch": program.values["rows" if "rows" in program.values else "x"].shape[0],
                 "arenas": memory.arenas,
                 "epoch_stats": self.arrays.get("epoch_stats"),
+                **({"card": True} if plan == "card" else {}),
             }
             return (bind(0, "train_resident", loop),)
         return tuple(bind(at, *call) for at, call in enumerate(resolved))

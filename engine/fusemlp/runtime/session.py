@@ -368,6 +368,7 @@ class Session:
             "eager host": on_host and self.plan == "eager",
             "resident kernel": asked and not on_host and self.plan == "resident",
             "narrow plan": asked and self.plan == "narrow",
+            "card plan": asked and self.plan == "card",
         }
         return {**self.described, **in_use(**features)}
 

@@ -21,6 +21,7 @@ from fusemlp.program.step import Inputs, Pass, Step
 from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.own_loss import caller_of
+from fusemlp.runtime.plans import LOOPED
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks, tree_sum
 from fusemlp.runtime.session import Session
@@ -114,7 +115,7 @@ def bind(
     placed, plan = (program, memory, engine.programs.workspace, arrays), engine.plan
     if isinstance(engine.ranks, Ranks):
         return ShardedProgram(engine.ranks, *placed, plan=plan)
-    if training.passes and plan == "resident" and not training.resident:
+    if training.passes and plan in LOOPED and not training.resident:
         # a step against attacks is many launches
         plan = backend.traits.stepwise
     return BoundProgram(*placed, plan=plan)
@@ -256,7 +257,7 @@ class ShardedProgram(BoundProgram):
             self.chunk = max(1, self.chunk // self._sharding.own)
         ranks.programs.add(self)
 
-    def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
+    def _bound(self, memory: Memory, plan: str) -> tuple[Callable[..., object], ...]:
         program, backend = self.program, self.backend
         before = program.before_reduction
         size = program.values["rows"].shape[0]

@@ -19,6 +19,7 @@ from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
 from fusemlp.program.passes.training import passes_against
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.plans import LOOPED
 from fusemlp.runtime.plans import row_order as shuffled
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
@@ -132,7 +133,7 @@ def fit_loop(
         draws_ahead=order is None and not on_host,
     )
     passes = passes_against(adversary)
-    resident = engine.plan == "resident" and (on_host or not passes) and not adversary.ramps
+    resident = engine.plan in LOOPED and (on_host or not passes) and not adversary.ramps
     # rows that are drawn, or given by a function of the user's, are asked for when their epoch comes
     asked = any((drawn, plan.row_order, data.batches, data.validation, plan.early_stopping, plan.callbacks))
     asked = asked or not resident or engine.loss.on_host or engine.ranks.together

@@ -35,7 +35,7 @@ class Tile:
     ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD), and the loads under way
     at a time. The epilogue runs in ``parts``, side by side, to fit the registers. The reduction is cut into ``split``
     parts, one for each warp. A multiprocessor holds ``programs`` or more at a time, so that the loads of one run beside
-    the products of another.
+    the products of another. The programs of a ``cooperative`` launch all run at a time.
     """
 
     rows: int
@@ -46,6 +46,7 @@ class Tile:
     parts: int = 1
     split: int = 1
     programs: int = field(default=1, kw_only=True)
+    cooperative: bool = field(default=False, kw_only=True)
 
     def count(self, rows: int, columns: int) -> int:
         """Return the number of tiles that cover a result of rows x columns."""
@@ -213,14 +214,16 @@ def output_tile(arch: Architecture, width: int) -> Tile:
     return next(tile for tile in output_tiles(arch.family) if tile.columns >= width)
 
 
-def resident_tiles(family: str, precision: str) -> tuple[ResidentTile, ...]:
-    """Return the tiles that ``resident_tile`` chooses from, those of the smallest networks first."""
-    return tuple(ResidentTile(*row) for row in TABLES[family]["resident"][_kind(precision)])
+def resident_tiles(family: str, precision: str, table: str = "resident") -> tuple[ResidentTile, ...]:
+    """Return the tiles that ``resident_tile`` chooses from, those of the smallest networks first; ``table``: "resident"
+    or "card", where all programs of a launch share a model's."""
+    rows = TABLES[family][table][_kind(precision)]
+    return tuple(ResidentTile(*row, cooperative=table == "card") for row in rows)
 
 
-def resident_tile(arch: Architecture, precision: str, sizes: Sequence[int]) -> ResidentTile:
+def resident_tile(arch: Architecture, precision: str, sizes: Sequence[int], table: str = "resident") -> ResidentTile:
     """Return the tiles for a network of these widths, inputs first."""
-    tiles = resident_tiles(arch.family, precision)
+    tiles = resident_tiles(arch.family, precision, table)
     inputs, units, outputs = sizes[0], max(sizes[1:]), sizes[-1]
     fits = (tile for tile in tiles if tile.inputs >= inputs and tile.units >= units and tile.outputs >= outputs)
     return next(fits, tiles[-1])
@@ -232,6 +235,12 @@ def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "WN": tile.weight_rows, "WK": tile.weight_columns,
         "BO": tile.output_rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "PRODUCT": product, "PARTS": tile.parts,
     }  # fmt: skip
+
+
+def card_constants(tile: ResidentTile, product: str, *, entropy: bool) -> dict[str, Any]:
+    """Return the constants of ``card_kernel``."""
+    sides = {name: side for name, side in resident_constants(tile, product).items() if name != "PARTS"}
+    return {**sides, "CROSS_ENTROPY": entropy}
 
 
 def narrow_tile(arch: Architecture, precision: str) -> Tile | None:
@@ -254,6 +263,8 @@ def general_tile(arch: Architecture) -> Tile:
 def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     """Return Triton's options of a launch."""
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if tile.cooperative:
+        options["launch_cooperative_grid"] = True
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
         options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * tile.programs))

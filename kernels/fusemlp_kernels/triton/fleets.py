@@ -26,8 +26,10 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, resident, resident_layers
+from fusemlp_kernels.triton.card import card_kernel
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import arguments_of, dropout_numbers, loss_settings, target_arguments
+from fusemlp_kernels.triton.loss import PARTIALS
 
 Operands = Mapping[str, Any]
 Calls = Sequence[tuple[str, Operands]]
@@ -328,7 +330,9 @@ def _check_arenas(op: str, device: TritonDevice, arenas: Mapping[str, Tensor], m
         device.check(op, name, arenas[name], (models, *shape), kind, written=name != "rates", flat=True)
 
 
-def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
+def _bind(
+    device: TritonDevice, op: str, call: SimpleNamespace, *, card: bool = False
+) -> Callable[[Sequence[int]], object]:
     calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
@@ -341,7 +345,8 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     _check_common(op, calls, steps, weights, params)
     output, x = checked("linear_loss_grad", first.forward[-1], device.check), first.forward[0]["x"]
     outputs, inputs = output.N, first.forward[0]["w"].shape[1]
-    widest = configs.resident_tiles(device.arch.family, device.precision)[-1].outputs
+    table_of_tiles = "card" if card else "resident"
+    widest = configs.resident_tiles(device.arch.family, device.precision, table_of_tiles)[-1].outputs
     if outputs > widest:
         raise ArgumentError(
             f"{op}: calls: {outputs} outputs are more than the {widest} that fit a tile; train such a network step by "
@@ -358,7 +363,8 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     device.check(op, "x", x, (len(output.target), inputs), "compute")
     if epoch_stats is not None:
         device.check(op, "epoch_stats", epoch_stats, (models, None, STATS), "float64", written=True)
-    tile = configs.resident_tile(device.arch, device.precision, (inputs, *(len(layer["w"]) for layer in first.forward)))
+    sizes = (inputs, *(len(layer["w"]) for layer in first.forward))
+    tile = configs.resident_tile(device.arch, device.precision, sizes, table_of_tiles)
     work = _Workspace(op, device, steps, call.batch)
     # the offset of the data counts from the workspace
     if not is_aligned(x) or (x.data_ptr() - work.base.data_ptr()) % (8 * x.element_size()):
@@ -368,14 +374,21 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
         )
     table = _layer_table(first, work, x, weights[0], params[0])
     stored = any(_is_stored(step.rule, step.ridge) for step in steps)
+    sloped = any(layer.get("slope_param") is not None for layer in first.forward)
+    if card and (stored or sloped or first.ridge != Ridge()):
+        raise ArgumentError(
+            f"{op}: card: expected weights and biases that the step updates at once, got gradients in memory, a ridge "
+            "or slopes of prelu; leave card out"
+        )
     tables = [_model_tables(step) for step in steps]
     factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
     epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
     live = device.zeros(models * len(resident_layers.LIVE_FIELDS), "int64").view(models, -1)
     states = first.rule.places([arenas[f"state{index}"] for index in range(count)], params)
     segments = [(segment.offset, segment.size) for segment in first.segments] or [(0, 0)]
+    kernel, programs = (card_kernel, device.arch.processors) if card else (resident.resident_kernel, 0)
     arguments = arguments_of(
-        device, resident.resident_kernel, SimpleNamespace(**arenas), compute=device.far_base(work.base),
+        device, kernel, SimpleNamespace(**arenas), compute=device.far_base(work.base),
         weights=weights, parameters=params, first=states[0], second=states[1], average=states[2], rows=rows,
         slopes=device.zeros(models * len(table), "real"),
         measured=device.numbers([_measures(step.ridge, step.loss, outputs) for step in steps], "float64"),
@@ -388,8 +401,13 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
         M=call.batch, depth=len(table), trained=len(first.segments), work_size=work.stride, size=params.shape[1],
         rows_size=rows.shape[1], rates_size=arenas["rates"].shape[1] * RATE_COLUMNS, stored=int(stored),
         shadowed=int(shadowed), **_order(op, first, stored), **target_arguments(device, output),
+        lowest=min(first.backward, default=len(table) - 1), arrived=device.zeros(1, "int64"),
+        partials=device.zeros(programs * PARTIALS.value, "float64"), clocks=device.zeros(programs * COUNTERS, "int64"),
+        clock_numbers=device.zeros(programs * HYPER, "float64"),
     )  # fmt: skip
     constants = configs.resident_constants(tile, device.product)
+    if card:
+        constants = configs.card_constants(tile, device.product, entropy=first.loss.kind == "cross_entropy")
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 
@@ -404,7 +422,7 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
             device.upload(live[: len(entries)], torch.tensor(entries))
             listed[:] = entries
         if len(entries) not in launches:
-            launches[len(entries)] = device.launch(resident.resident_kernel, len(entries), arguments, constants, tile)
+            launches[len(entries)] = device.launch(kernel, programs or len(entries), arguments, constants, tile)
         launches[len(entries)]()
 
     return run
@@ -422,5 +440,5 @@ def bind_train_resident(device: TritonDevice, call: SimpleNamespace) -> Callable
     call.calls, call.rows = [call.calls], call.rows[None]
     call.arenas = {name: arena[None] for name, arena in call.arenas.items()}
     call.epoch_stats = None if call.epoch_stats is None else call.epoch_stats[None]
-    run = _bind(device, "train_resident", call)
+    run = _bind(device, "train_resident", call, card=bool(call.card))
     return lambda steps: run((steps,))

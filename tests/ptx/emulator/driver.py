@@ -110,7 +110,7 @@ class Emulator:
         for some in np.split(blocks, range(together, programs, together)):
             launch = Launch(
                 code, some, values, memory, function.shared, seed=self.seed, orders=self.orders, limit=self.limit,
-                maps=maps, excused=excused,
+                maps=maps, excused=excused, cooperative=metadata.launch_cooperative_grid,
             )  # fmt: skip
             launch.run()
             if excused and not launch.threads.shared.excuses:

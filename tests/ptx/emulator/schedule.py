@@ -2,7 +2,8 @@
 
 The threads with the lowest instruction run until they come to the others, which wait there; so threads that a branch
 has parted run together again. Between two barriers the warps of a block are dealt into ``orders`` parts, which run one
-after another in an order that the seed decides.
+after another in an order that the seed decides. The blocks of a cooperative launch then run one after another too, each
+until it waits for others in vain; when all wait, they change their order.
 """
 
 from collections import namedtuple
@@ -80,7 +81,7 @@ class Launch:
 
     def __init__(
         self, code, blocks, arguments, memory, shared_bytes,
-        *, seed = 0, orders = 1, limit = 5_000_000, maps = None, excused = False
+        *, seed = 0, orders = 1, limit = 5_000_000, maps = None, excused = False, cooperative = False
     ):  # fmt: skip
         self.code, self.module, self.limit, module = code, code.module, limit, code.module
         self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, code.proxies, seed)
@@ -94,7 +95,9 @@ class Launch:
         self.resume = np.zeros(self.threads.count, np.int64)
         self.returns = {name: np.zeros(self.threads.count, np.int64) for name in module.functions}
         self.done = self.at = self.rounds = self.progress = 0
-        self._deal(np.arange(self.blocks))
+        # blocks that run one after another
+        self.turns, self.alternates = np.zeros(self.blocks, np.int64), cooperative and orders > 1
+        self._take_turns()
         for parameter, value in zip(module.entry.parameters, arguments, strict=True):
             bits = np.array([value & (1 << 64) - 1], np.uint64)
             self.threads.registers[parameter.place] = bits.astype(parameter.kind)
@@ -111,8 +114,15 @@ class Launch:
     def _deal(self, blocks):
         """Deal the warps of these blocks into parts anew."""
         if self.orders > 1:
-            dealt = self.random.integers(0, self.orders, (len(blocks), self.per_block)) * PART
+            dealt = self.random.integers(0, self.orders, (len(blocks), self.per_block))
+            dealt = (dealt + self.turns[blocks, None] * self.orders) * PART
             self.parts.reshape(self.blocks, self.per_block, WARP)[blocks] = dealt[:, :, None]
+
+    def _take_turns(self):
+        """Choose the order of the blocks anew."""
+        if self.alternates:
+            self.turns = self.random.permutation(self.blocks)
+        self._deal(np.arange(self.blocks))
 
     def _turn(self):
         """Run the threads that are furthest behind; return whether any were left."""
@@ -151,6 +161,8 @@ class Launch:
         if self.rounds > MOST_ROUNDS:
             raise Problem("livelock: all warps wait, for an mbarrier or a number in memory that does not change")
         self.threads.late[:] = False
+        if self.alternates:
+            self._take_turns()
 
     def _run_block(self, active, place):
         block = self.code.block(place)

@@ -76,17 +76,18 @@ def _step(instruction, access, place, results, operands, kind):
     def run(active):
         threads, at = active.threads, where(active)
         values = [np.stack([active.pick(read(threads)) for read in parts], axis=1) for parts in reads]
-        before = np.empty((len(at), count), UNSIGNED[size])
+        before, changes = np.empty((len(at), count), UNSIGNED[size]), np.zeros(len(at), np.bool_)
         # one thread after another, in any order
         for lane in threads.random.permutation(len(at)):
-            thread = active.index[lane]
+            thread, progress = active.index[lane], threads.progress
             before[lane] = access.run(
                 threads, thread, at[lane : lane + 1], count, size, [value[lane] for value in values]
             )
+            changes[lane] = threads.progress > progress
         if access.releases:
             threads.pass_release(active.some_warps)
         if access.reads:
-            threads.poll(active.index, at, before[:, 0])
+            threads.poll(active.index, at, before[:, 0], changes)
         for part, value in zip(results, before.T, strict=False):
             if isinstance(part, Register):
                 active.scatter(part, value)

@@ -123,6 +123,7 @@ class Threads:
         self.special = {
             "%tid.x": (self.all % size).astype(np.uint32), "%laneid": (self.all % WARP).astype(np.uint32),
             "%ctaid.x": blocks.astype(np.uint32)[self.block], "%ntid.x": np.array([size], np.uint32),
+            "%nctaid.x": np.array([memory.order.programs], np.uint32),
             **dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), np.zeros(1, np.uint32)),
             # the address of the dynamic shared memory
             "global_smem": np.zeros(1, np.uint32),
@@ -141,10 +142,10 @@ class Threads:
         if (now[warps] // WARPS % EPOCHS == 0).any():
             raise NotImplementedError(f"{EPOCHS} releases between two barriers of a block")
 
-    def poll(self, index, addresses, values):
-        """Let the others go first if these threads have read the same as last time."""
-        again = (self.polled[0, index] == addresses) & (self.polled[1, index] == values)
-        self.polled[:, index] = addresses, values
+    def poll(self, index, addresses, values, changes):
+        """Let the others go first if these threads have read the same as last time, and change nothing."""
+        again = (self.polled[0, index] == addresses) & (self.polled[1, index] == values) & ~changes
+        self.polled[:, index] = np.where(changes, 0, addresses), values
         if again.any():
             self.late.reshape(-1, WARP)[index[again] // WARP] = True
             self.refused = True
