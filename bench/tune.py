@@ -119,7 +119,8 @@ def uses(arch: Architecture) -> collections.Counter[Place]:
 
 def numbers(tile: Tile) -> list[int]:
     """Return the numbers of a tile in the table of a product."""
-    return [tile.rows, tile.columns, tile.depth, tile.warps, tile.stages, tile.parts]
+    sides = [tile.rows, tile.columns, tile.depth, tile.warps, tile.stages, tile.parts]
+    return [*sides, tile.split, tile.programs] if tile.programs > 1 else sides
 
 
 def candidates(tile: Tile) -> list[Tile]:
@@ -129,7 +130,7 @@ def candidates(tile: Tile) -> list[Tile]:
     area = tile.rows * tile.columns
     sides = [(rows, area // rows) for rows in (16, 32, 64, 128, 256) if area % rows == 0]
     others = [
-        Tile(rows, columns, depth, warps, stages, parts)
+        Tile(rows, columns, depth, warps, stages, parts, programs=tile.programs)
         for (rows, columns), depth, warps, stages, parts in itertools.product(
             sides, (tile.depth // 2, tile.depth), WARPS, STAGES, PARTS
         )
@@ -353,7 +354,7 @@ class Tuner:
 
         family, product, kind, index = place
         precision = PRECISIONS[kind]
-        present = configs.Tile(*configs.TABLES[family][product][kind][index])
+        present = configs.tiles(family, product, kind)[index]
         tiles = candidates(present)[: self.options.candidates]
         found = self.compiled(place, tiles)
         if found is None:

@@ -43,7 +43,8 @@ def test_without_a_card_it_says_so_in_a_sentence(monkeypatch):
 @pytest.mark.parametrize("place", TILES, ids=lambda place: "-".join(map(str, place)))
 def test_candidates_are_of_the_size_of_the_present_tile(place):
     family, product, kind, index = place
-    present = configs.Tile(*configs.TABLES[family][product][kind][index])
+    present = configs.tiles(family, product, kind)[index]
+    assert tune.numbers(present) == configs.TABLES[family][product][kind][index]
     found = tune.candidates(present)
     assert found[0] == present and len(found) == len(set(found)) > 5
     assert {tile.rows * tile.columns for tile in found} == {present.rows * present.columns}
@@ -92,7 +93,7 @@ def test_the_fastest_must_win_by_more_than_chance():
 
 def test_the_table_is_rewritten_at_its_places_only(tmp_path):
     place = ("sm_90", "weight", "half", 1)
-    present = configs.Tile(*configs.TABLES["sm_90"]["weight"]["half"][1])
+    present = configs.tiles("sm_90", "weight", "half")[1]
     tile = configs.Tile(present.columns, present.rows, 32, 4, 2, 4)
     made = tune.rewritten(configs.TABLES, {place: tile})
     old, new = tune.table_text(configs.TABLES).splitlines(), tune.table_text(made).splitlines()

@@ -281,11 +281,11 @@ def test_steps_after_an_error_are_those_without_it(make_loss, error, words):
 
 BATCHES = {
     "None": ((None,), ArgumentTypeError, "y: expected a torch.Tensor, got NoneType"),
-    "array": ((Y, np.ones(4)), ArgumentTypeError, r"more\[0\]: expected a torch.Tensor, got ndarray"),
+    "array": ((Y, np.ones(4)), ArgumentTypeError, r"targets\[1\]: expected a torch.Tensor, got ndarray"),
     "rows": ((Y[:3],), ShapeError, r"y: expected 4 rows, as x has, got shape \(3, 4\)"),
-    "rows of another": ((Y, Y, torch.tensor(1.0)), ShapeError, r"more\[1\]: expected 4 rows, .* got shape \(\)"),
-    "another requires grad": ((Y, Y.clone().requires_grad_()), ArgumentError, r"more\[0\]: requires grad"),
-    "meta": ((Y, Y.to("meta")), ArgumentError, r"more\[0\]: is on meta"),
+    "rows of another": ((Y, Y, torch.tensor(1.0)), ShapeError, r"targets\[2\]: expected 4 rows, .* got shape \(\)"),
+    "another requires grad": ((Y, Y.clone().requires_grad_()), ArgumentError, r"targets\[1\]: requires grad"),
+    "meta": ((Y, Y.to("meta")), ArgumentError, r"targets\[1\]: is on meta"),
     "sparse": ((Y.to_sparse(),), ArgumentTypeError, "y: expected a dense tensor"),
 }
 

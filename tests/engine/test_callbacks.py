@@ -207,7 +207,8 @@ class TestEarlyStopping:
         assert (stop.best, stop.best_epoch) == (min(history.history["val_loss"]), history.best_epoch)
         assert stop.best_epoch > 0
         assert patience == 1000 or len(history.epochs) == stop.best_epoch + 1 + patience
-        restored = f"val_loss has not improved for {patience} epochs; the weights of epoch {stop.best_epoch + 1} were"
+        epochs = "1 epoch" if patience == 1 else f"{patience} epochs"
+        restored = f"val_loss has not improved for {epochs}; the weights of epoch {stop.best_epoch + 1} were"
         assert history.stopped.startswith(restored) or (patience == 1000 and history.stopped == "")
         assert stop.stopped_epoch == (None if patience == 1000 else history.epochs[-1])
         assert len(history.epochs) == 60 if patience == 1000 else len(history.epochs) < 60

@@ -130,7 +130,7 @@ def test_a_sweep_splits_in_the_same_way(tmp_path):
 def test_rows_without_a_group_are_one(tmp_path):
     rows = [["" if row % 4 == 0 else f"g{row % 10}", row / 7, row % 2] for row in range(60)]
     made = prepared(write(tmp_path / "a.csv", "g,x,y", rows), group="g", validation_fraction=0)
-    assert "15 rows have no 'g' and count as one group" in made.notes
+    assert "15 rows without 'g' count as one group" in made.notes
     assert (made.dataset.groups[made.training] == "").sum() in (0, 15)
 
 

@@ -116,7 +116,7 @@ def _checked(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 def _named(tensors: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield the targets of a step with the names of their arguments."""
-    return zip(["y", *(f"target {index}" for index in range(2, len(tensors) + 1))], tensors, strict=False)
+    return zip(["y", *(f"targets[{index}]" for index in range(1, len(tensors)))], tensors, strict=False)
 
 
 def check_tensors(x: Any, targets: Sequence[Any], device: torch.device) -> None:
