@@ -384,7 +384,7 @@ def resident_refusal(
     weights = sum(n * (k + 1) for n, k in zip(widths[0][1:], widths[1], strict=False))
     tiles = max([weights, *(-(-batch // 16) * n for n in widths[0][1:-1])])
     if limits.tiles is not None and tiles > limits.tiles:
-        return f"{tiles} tiles are more than the {limits.tiles} programs of {kernel}, so that launches are faster"
+        return f"{tiles} tiles are more than the {limits.tiles} programs of {kernel}, which would take turns"
     return None
 
 
