@@ -26,7 +26,7 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Rows
 from fusemlp.describe.checks import as_number
-from fusemlp.describe.loss import Loss
+from fusemlp.describe.losses import Loss
 from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, distribution, predictions

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import as_number, returned_number
-from fusemlp.describe.loss import Loss
-from fusemlp.describe.losses import LossLike, OwnLoss, as_loss
+from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array, as_values, as_weights, to_array
 from fusemlp.inputs.examples import DeviceInputs, Examples, as_targets
 from fusemlp.runtime.forward import Evaluate, ForwardPass
