@@ -212,5 +212,5 @@ def test_bad_numbers_are_refused():
     ]:
         with pytest.raises(ArgumentError, match=message):
             IBP(**given)
-    with pytest.raises(TypeError, match="epsilon: it is called eps here"):
+    with pytest.raises(TypeError, match="epsilon: there is no such argument; did you mean 'eps'"):
         IBP(epsilon=0.1)
