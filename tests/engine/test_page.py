@@ -12,7 +12,8 @@ import pytest
 
 from fusemlp.report import evidence as evidence_module
 from fusemlp.report.metrics import plain, scalars, scored, spelled
-from fusemlp.report.page import Chart, Line, _drawings, _importance, page, png
+from fusemlp.report.page import _drawings, _importance, page, png, svg
+from fusemlp.report.plots import Chart, Line
 from make import QUICK, read, rows, run, trained
 
 CALIBRATED = "a tenth of the rows at each point"
@@ -281,7 +282,7 @@ def test_charts_of_odd_numbers():
     assert _drawings([Chart("empty", [Line("a", [1.0], [math.nan])], "x", "y")]) == []
     odd = ([1.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, math.inf, 3.0])
     for ys in (*odd, [1e-300, 1e300], [1e9, 1e9 + 2**-22], [5e-324, 1e-310], [5e-324, 1e308]):
-        Parsed(Chart("one", [Line("<a>", range(len(ys)), ys)], "<x>", "$y", log=True, diagonal="equal").svg())
+        Parsed(svg(Chart("one", [Line("<a>", range(len(ys)), ys)], "<x>", "$y", log=True, diagonal="equal")))
 
 
 def test_a_page_without_figures_says_why_and_shows_numbers(monkeypatch):

@@ -35,8 +35,8 @@ def test_loss_and_accuracy_side_by_side():
     assert pixels(plots.picture(figure)).std() > 0.0
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss (cross_entropy)", "accuracy (share of right answers)"]
-    assert labels(figure, 0) == ["training", "validation", "overfitting: gap 0.7", "best epoch: 2"]
-    assert labels(figure, 1) == ["training", "validation", "overfitting: gap 0.3", "best epoch: 2"]
+    assert labels(figure, 0) == ["training", "validation", "best epoch: 2", "overfitting: gap 0.7"]
+    assert labels(figure, 1) == ["training", "validation", "best epoch: 2", "overfitting: gap 0.3"]
     training, held_out, best = figure.axes[0].get_lines()
     assert np.asarray(training.get_xdata()).tolist() == [1, 2, 3, 4]
     assert np.asarray(held_out.get_ydata()).tolist() == RISING["val_loss"]
@@ -174,6 +174,7 @@ def test_several_models_are_faint_beside_their_mean():
     figure = plots.curves_figure(short, models=[RISING, short])
     assert labels(figure, 0) == ["training", "validation"]
     lines = figure.axes[0].get_lines()
-    assert [(len(line.get_xdata()), line.get_alpha()) for line in lines] == [(4, 0.4), (2, 0.4), (2, None)] * 2
+    drawn = [(len(line.get_xdata()), line.get_alpha()) for line in lines]
+    assert drawn == [(4, 0.4), (4, 0.4), (2, 0.4), (2, 0.4), (2, None), (2, None)]
     # everywhere training is dashed, and validation solid
-    assert [line.get_linestyle() for line in lines] == ["--"] * 3 + ["-"] * 3
+    assert [line.get_linestyle() for line in lines] == ["--", "-"] * 3

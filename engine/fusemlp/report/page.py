@@ -11,8 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance, guarantee_lines
 from fusemlp.report.metrics import class_table, confusion_table, plain, scalars, scored, spelled, verdict
-from fusemlp.report.plots import FAINT, MARK, PREFIXES, STYLES, literal, scale_loss
+from fusemlp.report.plots import GRID, Chart, Line, by_epoch
 from fusemlp.report.runs import joint
 
 Section = dict[str, Any]
@@ -68,11 +67,12 @@ def _drawings(charts: Iterable[Chart]) -> list[Section]:
     for chart in charts:
         if not any(len(line.finite) for line in chart.lines):
             continue
+        drawing = {"chart": chart, "numbers": numbers_of(chart)}
         try:
-            drawings.append({"chart": chart, "svg": chart.svg()})
+            drawings.append({**drawing, "svg": svg(chart)})
         # the settings of matplotlib may be anything, and so are the errors
         except Exception as error:
-            drawings.append({"chart": chart, "reason": reason(error)})
+            drawings.append({**drawing, "reason": reason(error)})
     return drawings
 
 
@@ -127,14 +127,7 @@ def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]])
     for name in dict.fromkeys(name.removeprefix("val_") for name in history):
         if name == "learning_rate" and len(set(history[name])) == 1:
             continue
-        curves = [
-            Line(part, range(1, len(of[key]) + 1), of[key], colour, style=part, faint=of is not history)
-            for of in (*models, history)
-            for colour, (part, prefix) in enumerate(PREFIXES.items())
-            if (key := f"{prefix}{name}") in of
-        ]
-        shown, log = _named(name), not rises(name)
-        charts.append(Chart(f"{shown} by epoch", curves, "epoch", shown, mark=mark, whole=True, log=log))
+        charts.append(by_epoch(name, [*models, history], _named(name), mark))
     return {"title": "Training", "lines": filter(None, lines), "drawings": _drawings(charts)}
 
 
@@ -250,109 +243,43 @@ def png(pixels: Array) -> bytes:
 
 # Colours of a figure, and the variables of the page's style that take their places, in the light and in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#00805f", "#b0588f", "#8a6d00", "#3b3b98")
-TEXT, GRID = "#59636e", "#d8dee4"
+TEXT = "#59636e"
 VARIABLES = {TEXT: "--soft", GRID: "--rule", **{colour: f"--c{number}" for number, colour in enumerate(COLOURS)}}
 SIZE = 4.4, 2.8
 STYLE: Any = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
-    **{"grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0},
+    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0},
     "axes.formatter.limits": (-4, 5),
     # text as text, and ids that stay the same when the page is made again
     **{"svg.fonttype": "none", "svg.hashsalt": "fusemlp"},
 }
 
 
-class Line(NamedTuple):
-    """A series of points (x, y), joined unless ``points``; ``colour`` is an index into ``COLOURS``.
-
-    ``style`` is one of ``STYLES``. A ``faint`` line is for the eye alone: legend, words and numbers leave it out.
-    """
-
-    name: str
-    xs: Sequence[float] | Array
-    ys: Sequence[float] | Array
-    colour: int = 0
-    points: bool = False
-    style: str = "validation"
-    faint: bool = False
-
-    @property
-    def finite(self) -> Array:
-        """The points without NaN and infinities, (n, 2)."""
-        pairs = np.column_stack([np.asarray(self.xs, np.float64), np.asarray(self.ys, np.float64)])
-        return np.asarray(pairs[np.isfinite(pairs).all(axis=1)])
+def numbers_of(chart: Chart) -> list[list[list[str]]]:
+    """Return the numbers of the joined lines: for each list of x that they share a header and rows."""
+    joined = [line for line in chart.named if not line.points]
+    tables = []
+    for xs in dict.fromkeys(tuple(line.xs) for line in joined):
+        shared = [line for line in joined if tuple(line.xs) == xs]
+        numbers = zip(xs, *(line.ys for line in shared), strict=True)
+        tables.append([[chart.x, *(line.name for line in shared)], *([plain(n) for n in row] for row in numbers)])
+    return tables
 
 
-@dataclass(frozen=True)
-class Chart:
-    """``lines`` over the axes ``x`` and ``y``.
+def svg(chart: Chart) -> str:
+    """Return the drawing of a chart as an element of a page."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    ``mark`` names a vertical line, ``diagonal`` the line y = x; x is ``whole`` numbers; with ``log`` y may be so drawn.
-    """
-
-    title: str
-    lines: Sequence[Line]
-    x: str
-    y: str
-    mark: tuple[str, float] | None = None
-    diagonal: str = ""
-    whole: bool = False
-    log: bool = False
-
-    @property
-    def named(self) -> list[Line]:
-        """The lines of the legend."""
-        return [line for line in self.lines if not line.faint]
-
-    @property
-    def summary(self) -> str:
-        """The chart in words."""
-        ends = [(line.name, *line.finite[[0, -1], 1]) for line in self.named if len(line.finite)]
-        return f"{self.title}: " + "; ".join(f"{name} from {first:.4g} to {last:.4g}" for name, first, last in ends)
-
-    @property
-    def tables(self) -> list[list[list[str]]]:
-        """The numbers of the joined lines: for each list of x that they share a header and rows."""
-        joined = [line for line in self.named if not line.points]
-        tables = []
-        for xs in dict.fromkeys(tuple(line.xs) for line in joined):
-            shared = [line for line in joined if tuple(line.xs) == xs]
-            numbers = zip(xs, *(line.ys for line in shared), strict=True)
-            tables.append([[self.x, *(line.name for line in shared)], *([plain(n) for n in row] for row in numbers)])
-        return tables
-
-    def svg(self) -> str:
-        """Return the drawing as an element of a page."""
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        pairs = np.concatenate([line.finite for line in self.lines])
-        with rc_context(STYLE), warnings.catch_warnings(), np.errstate(all="ignore"):
-            # numbers may be anything
-            warnings.simplefilter("ignore")
-            figure = Figure(figsize=SIZE)
-            axes = figure.add_axes((0.15, 0.17, 0.82, 0.75))
-            if self.log:
-                scale_loss(axes, pairs[:, 1].tolist())
-            for line in self.lines:
-                look = {"linestyle": "none", "alpha": 0.55} if line.points else STYLES[line.style]
-                look = look | {"color": COLOURS[line.colour]} | (FAINT if line.faint else {})
-                marker = "o" if line.points or len(line.finite) < 3 else None
-                axes.plot(*line.finite.T, marker=marker, markersize=3.0, markeredgewidth=0.0, **look)
-            if self.diagonal:
-                ends = [pairs.min(), pairs.max()]
-                axes.plot(ends, ends, **MARK | {"color": TEXT})
-            if self.mark is not None:
-                axes.axvline(self.mark[1], **MARK | {"color": TEXT})
-            axes.xaxis.set_major_locator(MaxNLocator(7, integer=self.whole, steps=[1, 2, 5, 10]))
-            axes.set_xlabel(literal(self.x))
-            axes.set_ylabel(literal(self.y))
-            axes.grid()
-            stream = io.StringIO()
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-        return _inline(stream.getvalue())
+    with rc_context(STYLE), warnings.catch_warnings(), np.errstate(all="ignore"):
+        # numbers may be anything
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=SIZE)
+        chart.draw(figure.add_axes((0.15, 0.17, 0.82, 0.75)), COLOURS, TEXT)
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    return _inline(stream.getvalue())
 
 
 def _inline(document: str) -> str:

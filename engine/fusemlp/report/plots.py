@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for colour-blind readers.
-TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
+TRAINING, VALIDATION, GAP, GREY, GRID = "#0072B2", "#D55E00", "#E69F00", "#444444", "#d8dee4"
 COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
 FORMATS = (".png", ".svg", ".pdf")
 # A vertical line; in every picture training is dashed, validation solid; one of several models is faint.
@@ -65,6 +64,103 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
     return figure
 
 
+class Line(NamedTuple):
+    """A series of points (x, y), joined unless ``points``; ``colour`` is an index into the colours of the drawing.
+
+    ``style`` is one of ``STYLES``. A ``faint`` line is for the eye alone: legend, words and numbers leave it out.
+    """
+
+    name: str
+    xs: Sequence[float] | Array
+    ys: Sequence[float] | Array
+    colour: int = 0
+    points: bool = False
+    style: str = "validation"
+    faint: bool = False
+    marker: str | None = None
+
+    @property
+    def finite(self) -> Array:
+        """The points without NaN and infinities, (n, 2)."""
+        pairs = np.column_stack([np.asarray(self.xs, np.float64), np.asarray(self.ys, np.float64)])
+        return np.asarray(pairs[np.isfinite(pairs).all(axis=1)])
+
+
+@dataclass(frozen=True)
+class Chart:
+    """``lines`` over the axes ``x`` and ``y``.
+
+    ``mark`` names a vertical line, ``diagonal`` the line y = x; x is ``whole`` numbers; with ``log`` y may be so drawn.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    x: str
+    y: str
+    mark: tuple[str, float] | None = None
+    diagonal: str = ""
+    whole: bool = False
+    log: bool = False
+
+    @property
+    def named(self) -> list[Line]:
+        """The lines of the legend."""
+        return [line for line in self.lines if not line.faint]
+
+    @property
+    def summary(self) -> str:
+        """The chart in words."""
+        ends = [(line.name, *line.finite[[0, -1], 1]) for line in self.named if len(line.finite)]
+        return f"{self.title}: " + "; ".join(f"{name} from {first:.4g} to {last:.4g}" for name, first, last in ends)
+
+    def draw(self, axes: Axes, colours: Sequence[str] = COLOURS, soft: str = GREY) -> None:
+        """Draw the lines in these colours, and the mark and the diagonal in the ``soft`` one."""
+        from matplotlib.ticker import MaxNLocator
+
+        pairs = np.concatenate([line.finite for line in self.lines])
+        if self.log:
+            scale_loss(axes, pairs[:, 1].tolist())
+        for line in self.lines:
+            look = {"linestyle": "none", "alpha": 0.55} if line.points else STYLES[line.style]
+            look = look | {"color": colours[line.colour]} | (FAINT if line.faint else {})
+            marker = "o" if line.points or len(line.finite) < 3 else line.marker
+            # markers that tell lines apart stand at about ten points
+            look |= {"markevery": max(1, len(line.finite) // 10)} if line.marker else {}
+            name = "_" if line.faint else line.name
+            axes.plot(*line.finite.T, marker=marker, markersize=3.0, markeredgewidth=0.0, label=name, **look)
+        if self.diagonal:
+            ends = [pairs.min(), pairs.max()]
+            axes.plot(ends, ends, label=self.diagonal, **MARK | {"color": soft})
+        if self.mark is not None:
+            axes.axvline(self.mark[1], label=self.mark[0], **MARK | {"color": soft})
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=self.whole, steps=[1, 2, 5, 10]))
+        axes.set_xlabel(literal(self.x))
+        axes.set_ylabel(literal(self.y))
+        axes.grid(color=GRID)
+
+
+def by_epoch(
+    name: str,
+    histories: Sequence[Mapping[str, Sequence[float]]],
+    label: str,
+    mark: tuple[str, float] | None = None,
+) -> Chart:
+    """Return the chart of a quantity in training and validation; all histories but the last are faint."""
+    lines = [
+        Line(part, range(1, len(of[key]) + 1), of[key], colour, style=part, faint=place < len(histories) - 1)
+        for place, of in enumerate(histories)
+        for colour, (part, prefix) in enumerate(PREFIXES.items())
+        if (key := f"{prefix}{name}") in of
+    ]
+    return Chart(f"{label} by epoch", lines, "epoch", label, mark=mark, whole=True, log=not rises(name))
+
+
+def _panels(histories: Sequence[Mapping[str, Sequence[float]]], loss: str | None) -> dict[str, str]:
+    """Return the label of the loss and, if a history has one, of the accuracy."""
+    labels = {"loss": "loss" if loss is None else f"loss ({loss})", "accuracy": "accuracy (share of right answers)"}
+    return {name: label for name, label in labels.items() if any(name in history for history in histories)}
+
+
 def curves_figure(
     history: Mapping[str, Sequence[float]],
     *,
@@ -79,22 +175,19 @@ def curves_figure(
     The histories of ``models``, whose mean it is, are faint. ``best_epoch`` counts from 1; from the start of
     ``overfitting`` the gap to validation is shaded.
     """
-    figure, panels = _over_epochs([history, *models], loss, title)
-    for metric, axes in panels.items():
+    mark = None if best_epoch is None else (f"best epoch: {best_epoch}", float(best_epoch))
+    panels = _panels([history], loss)
+    figure = _figure(5.6 * len(panels), 4.2, title)
+    for place, (metric, label) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        by_epoch(metric, [*models, history], label, mark).draw(axes)
         training, validation = history[metric], history.get(f"val_{metric}")
-        parts = ("training", metric, TRAINING), ("validation", f"val_{metric}", VALIDATION)
-        for part, name, colour in parts:
-            for model in models:
-                _line(axes, model.get(name, ()), color=colour, **STYLES[part] | FAINT)
-            _line(axes, history.get(name, ()), color=colour, label=part, **STYLES[part])
         if validation is not None and overfitting is not None:
             start = (overfitting.epoch or 1) - 1
             epochs = np.arange(start + 1, len(training) + 1)
-            label = f"overfitting: gap {abs(validation[-1] - training[-1]):.3g}"
-            gap = training[start:], validation[start:]
-            axes.fill_between(epochs, *gap, color=GAP, alpha=0.25, linewidth=0, label=label)
-        if best_epoch is not None:
-            axes.axvline(best_epoch, label=f"best epoch: {best_epoch}", **MARK)
+            gap = f"overfitting: gap {abs(validation[-1] - training[-1]):.3g}"
+            both = training[start:], validation[start:]
+            axes.fill_between(epochs, *both, color=GAP, alpha=0.25, linewidth=0, label=gap)
         axes.legend(edgecolor="none", framealpha=0.85)
     return figure
 
@@ -115,20 +208,24 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     """
     from matplotlib.lines import Line2D
 
-    losses = {run.loss for run in runs}
-    loss = runs[0].loss if len(losses) == 1 else None
-    figure, panels = _over_epochs([run.history for run in runs], loss, title, height=4.2 + 0.22 * len(runs))
-    same, handles = repeats(runs), []
-    for number, run in enumerate(runs):
-        turn, colour = divmod(number, len(COLOURS))
-        look: dict[str, Any] = {"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "markersize": 4.0}
-        for (metric, axes), (part, style) in itertools.product(panels.items(), STYLES.items()):
-            curve = run.history.get(f"{PREFIXES[part]}{metric}", ())
-            # A shorter curve lies over a longer one that begins alike.
-            _line(axes, curve, zorder=2 + 1 / (1 + len(curve)), **look, **style)
+    losses, same = {run.loss for run in runs}, repeats(runs)
+    panels = _panels([run.history for run in runs], runs[0].loss if len(losses) == 1 else None)
+    figure, handles = _figure(5.6 * len(panels), 4.2 + 0.22 * len(runs), title), list[Line2D]()
+    looks = [(number % len(COLOURS), MARKERS[number // len(COLOURS) % len(MARKERS)]) for number in range(len(runs))]
+    for place, (metric, label) in enumerate(panels.items(), 1):
+        lines = [
+            line._replace(colour=colour, marker=marker)
+            for run, (colour, marker) in zip(runs, looks, strict=True)
+            for line in by_epoch(metric, [run.history], label).lines
+        ]
+        # a shorter curve lies over a longer one that begins alike
+        lines.sort(key=lambda line: -len(line.ys))
+        chart = Chart(title, lines, "epoch", label, whole=True, log=metric == "loss")
+        chart.draw(figure.add_subplot(1, len(panels), place))
+    for run, (colour, marker) in zip(runs, looks, strict=True):
         label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
         label += f": same curves as {same[run.name]}" if run.name in same else ""
-        handles.append(Line2D([], [], linewidth=1.6, label=literal(label), **look))
+        handles.append(Line2D([], [], color=COLOURS[colour], marker=marker, linewidth=1.6, label=literal(label)))
     for part, style in STYLES.items():
         if part == "training" or any("val_loss" in run.history for run in runs):
             handles.append(Line2D([], [], color=GREY, label=part, **style))
@@ -142,53 +239,17 @@ def repeats(runs: Sequence[Curves]) -> dict[str, str]:
     return {run.name: first.name for run, first in zip(runs, firsts, strict=True) if first is not run}
 
 
-def _over_epochs(
-    histories: Sequence[Mapping[str, Sequence[float]]], loss: str | None, title: str, height: float = 4.2
-) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure with axes for the loss and, if a history has one, the accuracy."""
-    from matplotlib.ticker import MaxNLocator
-
-    metrics = ["loss", *(["accuracy"] if any("accuracy" in history for history in histories) else [])]
-    labels = {"loss": "loss" if loss is None else f"loss ({loss})", "accuracy": "accuracy (share of right answers)"}
-    figure = _figure(5.6 * len(metrics), height, title)
-    panels = {}
-    for index, metric in enumerate(metrics):
-        panels[metric] = axes = figure.add_subplot(1, len(metrics), index + 1)
-        curves = [history.get(name, ()) for history in histories for name in (metric, f"val_{metric}")]
-        epochs = max(map(len, curves))
-        margin = 0.02 * epochs if epochs > 1 else 0.5
-        axes.set_xlim(1 - margin, epochs + margin)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.25)
-        if metric == "loss":
-            scale_loss(axes, [value for curve in curves for value in curve])
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(labels[metric])
-    return figure, panels
-
-
-def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, **style: Any) -> None:
-    """Draw a quantity over the epochs, with markers at about ten, or at each of one or two."""
-    if values:
-        every = max(1, len(values) // 10)
-        few = "o" if len(values) < 3 else None
-        epochs = np.arange(1, len(values) + 1)
-        axes.plot(epochs, values, marker=marker or few, markevery=every, **style)
-
-
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
     """Draw the smoothed loss over the learning rate, and mark the suggested rate."""
     figure = _figure(6.4, 4.2, title)
     axes = figure.add_subplot(1, 1, 1)
-    axes.plot(rates, losses, color=TRAINING, label="training, smoothed", **STYLES["training"])
-    axes.axvline(suggested, label=f"suggested: {suggested:.2g}", **MARK)
+    line = Line("training, smoothed", rates, losses, style="training")
+    mark = f"suggested: {suggested:.2g}", suggested
+    Chart(title, [line], "learning rate", "smoothed loss", mark=mark).draw(axes)
     axes.set_xscale("log")
     # The blow-up at the end would compress the descent.
     low, first = min(losses), losses[0]
     axes.set_ylim(low - 0.1 * (first - low + 1e-12), first + 0.5 * (first - low + 1e-12))
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("smoothed loss")
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure
 
