@@ -10,9 +10,9 @@ import numpy as np
 import pandas
 import pytest
 
+from fusemlp.cli.model import SUFFIXES
 from fusemlp.datasets.load import load_data
-from fusemlp.report.runs import Run, read_columns
-from fusemlp.report.written import SUFFIXES, csv_bytes
+from fusemlp.report.runs import Run, csv_bytes, read_columns
 from make import frame, refusal, rows, run, trained
 
 READERS = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,7 +21,7 @@ from fusemlp.cli.session import options_of, prepared_data
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
-from fusemlp.datasets.tables import TABLES, is_table
+from fusemlp.datasets.tables import ARROW, TABLES, excel, is_table
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
@@ -30,15 +33,24 @@ from fusemlp.report import metrics
 from fusemlp.report.evidence import certify, guarantee_lines, robust_score
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_graph import has_words
-from fusemlp.report.runs import Run, open_run, read_json, read_training_rows, weights_path
+from fusemlp.report.runs import Run, csv_bytes, guarded, open_run, read_json, read_training_rows, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
-from fusemlp.report.written import SUFFIXES, TYPED, table_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables import descriptions
 from fusemlp.tables.preparation import Prepared, labelled_hashes
 from fusemlp.training.checkpoint import model_bytes
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DataError
 
+_PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": partial(gzip.compress, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+# The digits of a number that a sheet of Excel keeps.
+EXCEL_DIGITS = 15
+# Files whose cells have types, and all.
+TYPED = (*ARROW, ".xlsx")
+SUFFIXES = (".csv", ".tsv", *(f"{text}{packed}" for text in (".csv", ".tsv") for packed in _PACKERS), *TYPED)
 OUTPUTS = (*SUFFIXES, ".npz")
 
 
@@ -159,6 +171,42 @@ def _npz(preprocessor: Preprocessor, ids: Mapping[str, Any], arrays: dict[str, A
         arrays["classes"] = np.array(preprocessor.classes)
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **arrays)
+    return stream.getvalue()
+
+
+def _excel_cell(cell: Any) -> Any:
+    """Return a guarded cell; as text what Excel cannot hold: long whole numbers, times with a zone, lists, bytes."""
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    long = isinstance(cell, int) and abs(cell) >= 10**EXCEL_DIGITS
+    if long or getattr(cell, "tzinfo", None) is not None or isinstance(cell, list | tuple | dict | bytes):
+        cell = str(cell)
+    if isinstance(cell, str):
+        cell = ILLEGAL_CHARACTERS_RE.sub(lambda match: ascii(match[0])[1:-1], cell)
+    return guarded(cell)
+
+
+def table_bytes(name: str, columns: Mapping[str, Any], notes: list[str]) -> bytes:
+    """Return columns, of Python or Arrow, as the content of a file whose ``name`` ends in one of ``SUFFIXES``."""
+    suffix, stream = Path(name).suffix.lower(), io.BytesIO()
+    if suffix in _PACKERS:
+        return _PACKERS[suffix](table_bytes(Path(name).stem, columns, notes))
+    if suffix in ARROW:
+        import pyarrow
+        from pyarrow import feather, parquet
+
+        write = parquet.write_table if ARROW[suffix] == "parquet" else feather.write_feather
+        write(pyarrow.table(dict(columns)), stream)
+        return stream.getvalue()
+    lists = [column.to_pylist() if hasattr(column, "to_pylist") else list(column) for column in columns.values()]
+    rows = [[*columns], *zip(*lists, strict=True)]
+    if suffix != ".xlsx":
+        return csv_bytes(rows, notes, "\t" if suffix == ".tsv" else ",")
+    book = excel(name).Workbook(write_only=True)
+    sheet = book.create_sheet("predictions")
+    for row in rows:
+        sheet.append([*map(_excel_cell, row)])
+    book.save(stream)
     return stream.getvalue()
 
 

@@ -30,7 +30,7 @@ from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import column_attributions, permutation_importance
 from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import heat_figure, importance_figure, literal, sweep_figure
-from fusemlp.report.written import csv_bytes
+from fusemlp.report.runs import csv_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.plans import LOOPED, planned, thread_limits
 from fusemlp.tables.descriptions import network

@@ -25,9 +25,8 @@ from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, avera
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import headline, verdict
 from fusemlp.report.plots import Varied, literal, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty
 from fusemlp.report.uncertainty import judged
-from fusemlp.report.written import csv_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.training import Trained, record_of
 from fusemlp.training.history import History

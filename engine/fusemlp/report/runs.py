@@ -1,4 +1,4 @@
-"""Write and read a run folder.
+"""Write and read a run folder, and rows as CSV, of which text that runs as a formula is guarded.
 
 ``config.json``, ``metrics.csv`` (a row an epoch), ``checkpoints/``, ``report.json``, ``report.html``, ``curves.png``;
 ``training_rows.npy`` (a hash of each training row), of a table ``columns.csv`` (what each column became), and of a run
@@ -12,8 +12,9 @@ import errno
 import io
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.textfiles import number
 from fusemlp.describe import checks, description, losses, network, optimizers
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.written import csv_bytes, guarded
 from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -38,6 +39,8 @@ ENTRIES: dict[str, Any] = {
 }
 DATA_ENTRIES: dict[str, Any] = {"name": str, "source": str, "fingerprint": str}
 WEIGHTS = ("model", "best", "last")
+# The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
+FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 # The file that is locked while a process trains in the folder, and the errors of a lock that another one has.
 LOCK = ".lock"
 BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
@@ -201,6 +204,29 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a file of ``write_json``, empty if there is none."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def guarded(cell: Any) -> Any:
+    """Return a cell, with an apostrophe in front of text but no number that a spreadsheet would run (OWASP)."""
+    runs = isinstance(cell, str) and FORMULA.match(cell) and number(cell) is None and number(cell, ",") is None
+    return f"'{cell}" if runs else cell
+
+
+def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None, sep: str = ",") -> bytes:
+    """Return rows of ``guarded`` cells as the content of a CSV file; ``notes`` takes a line if any has changed."""
+    stream, changed = io.StringIO(newline=""), False
+    # a carriage return is quoted only where lines end with one; an unquoted one would begin a row
+    writer = csv.writer(stream, lineterminator="\r\n", delimiter=sep)
+    for row in map(list, rows):
+        cells = [guarded(cell) for cell in row]
+        changed |= cells != row
+        writer.writerow(cells)
+        stream.seek(stream.tell() - len("\r\n"))
+        stream.write("\n")
+    stream.truncate()
+    if notes is not None and changed:
+        notes.append("an apostrophe stands in front of text that a spreadsheet would run as a formula")
+    return stream.getvalue().encode(errors="backslashreplace")
 
 
 def write_columns(run: Run, records: Sequence[Mapping[str, Any]]) -> None:
