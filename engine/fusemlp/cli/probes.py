@@ -6,10 +6,10 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import distributions
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -181,32 +181,6 @@ def lr_find(options: FindOptions) -> None:
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
 
 
-class _Rows(NamedTuple):
-    """Rows as in the data, the indices of those that are explained, and columns that name these."""
-
-    cells: Array
-    labels: Any
-    chosen: Array
-    ids: Mapping[str, Array]
-    # inputs of the network, for baselines
-    background: Array | None
-
-
-class _Explanation(NamedTuple):
-    """Columns as (name, importance, figure ``beside`` it), the most important first, and the rows of a file on them.
-
-    Images have a mean attribution of each pixel for each class, and attributions by integrals a completeness error.
-    """
-
-    title: str
-    unit: str
-    beside: str
-    columns: Sequence[tuple[str, float, float]]
-    table: Sequence[Sequence[Any]]
-    maps: Mapping[str, Array] = {}
-    completeness: Mapping[str, float] = {}
-
-
 def explain(options: ExplainOptions) -> None:
     """Print the most important columns, and write all of them, or the attributions of each row, and a picture."""
     for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
@@ -216,84 +190,75 @@ def explain(options: ExplainOptions) -> None:
     notes: list[str] = []
     options = before_final_fit(options, notes)
     engine, preprocessor, config = open_model(options)
-    method = options.method or ("permutation" if image_shape(preprocessor) is None else "integrated")
+    image = image_shape(preprocessor)
+    method = options.method or ("permutation" if image is None else "integrated")
     permuted = check_choice("method", method, EXPLAIN_METHODS) == "permutation"
     known = preprocessor.labels or preprocessor.targets
     output = _output_index(options.of_class, known, preprocessor, permuted=permuted)
-    rows = _rows(options, preprocessor, config, notes, labelled=permuted)
+    cells, labels, rows, ids, background = _rows(options, preprocessor, config, notes, labelled=permuted)
     content: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights}
-    content |= {"notes": notes, "method": method, "rows": len(rows.chosen)}
+    content |= {"notes": notes, "method": method, "rows": len(rows)}
+    maps: dict[str, Array] = {}
+    # the rows of the file
+    table: list[Sequence[Any]]
     if permuted:
-        explanation = _permuted(engine, preprocessor, rows)
+        importance = permutation_importance(engine, preprocessor, cells[rows], labels[rows], repeats=REPEATS)
+        names = importance.names if image is None else [f"square {name}" for name in importance.names]
+        columns = list(zip(names, importance.worse.tolist(), importance.deviation.tolist(), strict=True))
+        unit, beside = f"{importance.metric.replace('_', ' ')} worse by", "deviation"
+        title, table = f"each column permuted {REPEATS} times", [("column", "importance", beside), *columns]
     else:
-        explanation = _attributed(engine, preprocessor, rows, method, output, known)
-    title = f"{len(rows.chosen)} {'test ' if options.data is None else ''}rows, {explanation.title}"
-    columns, unit, beside = explanation.columns, explanation.unit, explanation.beside
+        X = network_inputs(preprocessor, cells, engine.precision, rows)
+        # from zeros of the inputs, which are black
+        black = np.zeros(preprocessor.width) if image is not None and method != "expected" else None
+        chosen: dict[str, Any] = {"method": method, "output": output, "background": background, "baseline": black}
+        parts = column_attributions(engine, preprocessor, X, **chosen)
+        figures = parts.importance.tolist(), parts.values.mean(axis=0).tolist()
+        columns = sorted(zip(parts.names, *figures, strict=True), key=lambda column: -column[1])
+        unit, beside = "mean absolute attribution", "mean"
+        title = f"{'gradient times input' if method == 'gradient' else f'{method} gradients'} of "
+        title += _explained(engine, preprocessor, output)
+        # a row of text for each explained row, below a header
+        outputs = [known[at] if len(known) > 1 else known[0] for at in parts.chosen]
+        numbers = (column.tolist() for column in (parts.outputs, parts.base, *parts.values.T, parts.error))
+        header = ["row", *ids, "explained", "output", "baseline", *parts.names, "error"]
+        named = (column.tolist() for column in ids.values())
+        table = [header, *zip(rows.tolist(), *named, outputs, *numbers, strict=True)]
+        for at in np.unique(parts.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
+            maps[known[at]] = parts.values[parts.chosen == at].mean(axis=0).reshape(image)
+    title = f"{len(rows)} {'test ' if options.data is None else ''}rows, {title}"
     shown = columns[:MOST_COLUMNS]
-    most = max((abs(importance) for _, importance, _ in shown), default=0.0)
-    cells = [[name, spelled(importance, most), spelled(figure, most)] for name, importance, figure in shown]
-    lines = [title, aligned([["column", unit, beside], *cells])]
+    most = max((abs(size) for _, size, _ in shown), default=0.0)
+    words = [[name, spelled(size, most), spelled(figure, most)] for name, size, figure in shown]
+    lines = [title, aligned([["column", unit, beside], *words])]
     lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
     content["columns"] = [{"column": name, "importance": size, beside: figure} for name, size, figure in columns]
-    if explanation.completeness:
-        content["completeness"] = explanation.completeness
-        mean, worst, difference = map(spelled, explanation.completeness.values())
+    if method in ("integrated", "expected"):
+        error, difference = np.abs(parts.error), np.abs(parts.outputs - parts.base)
+        sums = {"mean": float(error.mean()), "most": float(error.max()), "difference": float(difference.mean())}
+        content["completeness"] = sums
         lines.append(
-            f"completeness: the attributions of a row sum to its output less the baseline's ({difference} on average) "
-            f"within {mean} on average, {worst} at most"
+            "completeness: the attributions of a row sum to its output less the baseline's "
+            f"({spelled(sums['difference'])} on average) within {spelled(sums['mean'])} on average, "
+            f"{spelled(sums['most'])} at most"
         )
     if options.out is not None:
-        write_atomically(options.out, csv_bytes(explanation.table, notes))
+        write_atomically(options.out, csv_bytes(table, notes))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
     drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
-    if explanation.maps:
-        drawn = partial(heat_figure, explanation.maps, unit="mean attribution", title=literal(title))
+    if maps:
+        drawn = partial(heat_figure, maps, unit="mean attribution", title=literal(title))
     show_with_picture(options.plot, drawn, content, [*notes, *lines], as_json=options.as_json)
 
 
-def _permuted(engine: Engine, preprocessor: Preprocessor, rows: _Rows) -> _Explanation:
-    cells, labels = rows.cells[rows.chosen], rows.labels[rows.chosen]
-    importance = permutation_importance(engine, preprocessor, cells, labels, repeats=REPEATS)
-    square = "" if image_shape(preprocessor) is None else "square "
-    names = [f"{square}{name}" for name in importance.names]
-    columns = list(zip(names, importance.worse.tolist(), importance.deviation.tolist(), strict=True))
-    unit, beside = f"{importance.metric.replace('_', ' ')} worse by", "deviation"
-    title = f"each column permuted {REPEATS} times"
-    return _Explanation(title, unit, beside, columns, [("column", "importance", beside), *columns])
-
-
-def _attributed(
-    engine: Engine, preprocessor: Preprocessor, rows: _Rows, method: str, output: int | None, known: Sequence[str]
-) -> _Explanation:
-    X, image = network_inputs(preprocessor, rows.cells, engine.precision, rows.chosen), image_shape(preprocessor)
-    # from zeros of the inputs, which are black
-    black = np.zeros(preprocessor.width) if image is not None and method != "expected" else None
-    baselines: dict[str, Any] = {"background": rows.background, "baseline": black}
-    parts = column_attributions(engine, preprocessor, X, method=method, output=output, **baselines)
+def _explained(engine: Engine, preprocessor: Preprocessor, output: int | None) -> str:
+    """Return the output that attributions are of, in words."""
     if preprocessor.classes is None:
-        explained = repr(preprocessor.target_name) if output is None else f"target {known[output]}"
-    else:
-        kind = "logit" if engine.loss.kind.endswith("cross_entropy") else "output"
-        of_class = "each row's predicted class" if output is None else repr(known[output])
-        explained = f"the {kind} of {of_class}"
-    figures = parts.importance.tolist(), parts.values.mean(axis=0).tolist()
-    columns = sorted(zip(parts.names, *figures, strict=True), key=lambda column: -column[1])
-    # a row of text for each explained row, below a header
-    outputs = [known[at] if len(known) > 1 else known[0] for at in parts.chosen]
-    numbers = (column.tolist() for column in (parts.outputs, parts.base, *parts.values.T, parts.error))
-    named = (column.tolist() for column in rows.ids.values())
-    header = ["row", *rows.ids, "explained", "output", "baseline", *parts.names, "error"]
-    table = [header, *zip(rows.chosen.tolist(), *named, outputs, *numbers, strict=True)]
-    maps: dict[str, Array] = {}
-    for at in np.unique(parts.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
-        maps[known[at]] = parts.values[parts.chosen == at].mean(axis=0).reshape(image)
-    completeness = {}
-    if method != "gradient":
-        error, difference = np.abs(parts.error), np.abs(parts.outputs - parts.base)
-        completeness = {"mean": float(error.mean()), "most": float(error.max()), "difference": float(difference.mean())}
-    title = f"{'gradient times input' if method == 'gradient' else f'{method} gradients'} of {explained}"
-    return _Explanation(title, "mean absolute attribution", "mean", columns, table, maps, completeness)
+        return repr(preprocessor.target_name) if output is None else f"target {preprocessor.targets[output]}"
+    kind = "logit" if engine.loss.kind.endswith("cross_entropy") else "output"
+    of_class = "each row's predicted class" if output is None else repr(preprocessor.labels[output])
+    return f"the {kind} of {of_class}"
 
 
 def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:
@@ -313,8 +278,9 @@ def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *,
 
 def _rows(
     options: ExplainOptions, preprocessor: Preprocessor, config: dict[str, Any], notes: list[str], *, labelled: bool
-) -> _Rows:
-    """Return the run's test rows or those of ``--data``, at most ``--rows`` of them drawn at random."""
+) -> tuple[Array, Any, Array, dict[str, Array], Array | None]:
+    """Return features and labels of the run's test rows or of ``--data``, and the indices of at most ``--rows`` drawn
+    ones, with the columns that name these; and inputs of the network, for baselines, if there are any."""
     ids: dict[str, Array] = {}
     labels, background = None, None
     if options.data is None:
@@ -336,4 +302,4 @@ def _rows(
         rows = np.arange(len(cells))
     if len(rows) > options.rows:
         rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
-    return _Rows(cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background)
+    return cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background
