@@ -1,14 +1,19 @@
-"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, and a run's summary of counts.
+"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, pictures that no test looks at, and
+a run's summary of counts.
 
 The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
 """
 
+import base64
 import importlib.util
+import io
 import os
 import signal
 import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 sys.path += [str(Path(__file__).parents[1] / "ci"), str(Path(__file__).parents[1])]
@@ -39,6 +44,38 @@ def interpret_triton_without_a_gpu():
 
 
 interpret_triton_without_a_gpu()
+
+
+# The modules that look at the pictures of a training, and random commands, whose numbers may be anything.
+LOOKING = ("test_cli_plot", "test_page", "test_plots", "test_random_commands")
+WITHOUT_PICTURES = ("distributed", "kernels", "ptx")
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+EMPTY = {"png": base64.b64decode(PIXEL), "svg": b"<?xml?><svg></svg>", "pdf": b"%PDF-1.4"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rendered(request):
+    """Render the figures of a training in ``LOOKING`` alone: elsewhere it would take three quarters of the time.
+
+    The figures are made everywhere, with their lines and words.
+    """
+    if request.module.__name__ in LOOKING or request.path.parent.name in WITHOUT_PICTURES:
+        yield
+        return
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    def empty(figure, target, *, format=None, **options):
+        if format is None:
+            # a file of the test's own
+            savefig(figure, target, **options)
+        else:
+            target.write(EMPTY[format].decode() if isinstance(target, io.TextIOBase) else EMPTY[format])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", empty)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):
