@@ -54,12 +54,13 @@ OPTIMIZERS = {
 }
 
 
+# Each loss with an optimizer, and each optimizer with a loss: neither knows of the other.
 LOSSES = ("mse", "mae", "huber", "quantile", "poisson", "cross_entropy", "binary_cross_entropy")
+TRAININGS = [*zip([*OPTIMIZERS, "adam"], LOSSES, strict=True)]
 
 
 @pytest.mark.parametrize("plan", ["resident", "eager"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "loss"), TRAININGS)
 def test_training_equals_that_on_dense_rows(optimizer, loss, plan):
     X = columns(150)
     rng = np.random.default_rng(1)
@@ -78,8 +79,9 @@ def test_training_equals_that_on_dense_rows(optimizer, loss, plan):
 
 
 @pytest.mark.parametrize("plan", ["resident", "eager"])
-@pytest.mark.parametrize("frozen", ["", "0.weight", "0.r", "2.weight"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "frozen"), [*zip(OPTIMIZERS, ("", "0.weight", "0.r", "", "2.weight", "0.weight"), strict=True)]
+)
 def test_members_that_share_weights(optimizer, frozen, plan):
     X = columns(150)
     y = np.random.default_rng(1).integers(0, 3, 150)
@@ -110,7 +112,7 @@ def test_codes_and_dense_rows_take_turns():
 
 # more columns than threads, and one that no threads share
 @pytest.mark.parametrize("kinds", [(*KINDS, Column(WORD, 900), *[Column(PIECES, 48)] * 6), (Column(BAG, 2000, 9),)])
-@pytest.mark.parametrize("threads, members", [("1", 1), ("2", 1), ("3", 1), ("2", 4)])
+@pytest.mark.parametrize("threads, members", [("2", 1), ("3", 1), ("2", 4)])
 def test_bits_do_not_depend_on_threads(threads, members, kinds, monkeypatch):
     X = columns(700, kinds)
     X = X.astype(np.float32)
