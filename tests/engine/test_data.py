@@ -109,14 +109,6 @@ def test_idx_element_types(tmp_path, code, dtype):
     assert array.dtype == np.dtype(dtype).newbyteorder("=")
 
 
-@pytest.mark.parametrize(("pack", "end"), [(bytes, ""), (gzip.compress, ".gz")])
-def test_every_truncation_of_an_idx_file_is_named(tmp_path, pack, end):
-    content, path = pack(idx_bytes(IMAGES)), tmp_path / f"train-images-idx3-ubyte{end}"
-    for length in range(len(content)):
-        with pytest.raises(DataError, match="train-images-idx3-ubyte"):
-            read_idx(write(path, content[:length]))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -162,22 +154,6 @@ def test_npz_with_several_targets(tmp_path):
     assert dataset.y.shape == (3, 2)
     with pytest.raises(DataError, match=r"y has shape \(3, 2\), a classification takes one label a row"):
         load_data(tmp_path / "a.npz", task="classification")
-
-
-def test_a_truncated_or_damaged_npz_is_read_or_named(tmp_path):
-    path, refused = npz(tmp_path / "bad.npz", X=np.arange(12.0).reshape(3, 4), y=np.array([0, 1, 2])), 0
-    content = path.read_bytes()
-    for length in range(0, len(content), 7):
-        with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
-            read_npz(write(path, content[:length]))
-    for position in range(len(content)):
-        write(path, content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
-        try:
-            read_npz(path)
-        except DataError:
-            refused += 1
-    # The time stamps and attributes of the archive's members carry no checksum; the arrays do.
-    assert refused > len(content) // 2
 
 
 def test_a_damaged_header_or_compression_inside_an_npz_is_named(tmp_path):

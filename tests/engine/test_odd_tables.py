@@ -1,6 +1,5 @@
-"""Odd files and tables in memory, each with its outcome, and random tables in random dialects."""
+"""Odd files and tables in memory, each with its outcome."""
 
-import csv
 import datetime
 import decimal
 import gzip
@@ -182,44 +181,6 @@ def test_an_odd_file(case, tmp_path):
     content = content if isinstance(content, bytes) else content.encode()
     assert_outcome(write(tmp_path / "odd.csv", content), *outcome)
     assert_outcome(write(tmp_path / "odd.csv.gz", gzip.compress(content)), *outcome)
-
-
-CELLS = st.one_of(
-    st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=12),
-    st.sampled_from(["a,b", "1;2", 'the "x"', "two\nlines", " spaces ", "5|6\t7", "-1.5"]),
-)
-NUMBERS = st.one_of(st.none(), st.integers(-(10**6), 10**6), st.floats(-1e9, 1e9).map(lambda value: round(value, 4)))
-
-
-@st.composite
-def written_tables(draw):
-    """Return a file with a column of words and one of numbers in a random dialect, its form, and both columns."""
-    rows = draw(st.lists(st.tuples(CELLS.map("<{}>".format), NUMBERS), min_size=1, max_size=20))
-    sep, decimal = draw(st.sampled_from([(",", "."), (";", ","), (";", "."), ("\t", "."), ("|", ","), ("~", ".")]))
-    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
-    quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]))
-    end = draw(st.sampled_from(["\n", "\r\n"]))
-    stream = io.StringIO(newline="")
-    lines = [(word, "" if number is None else f"{number}".replace(".", decimal)) for word, number in rows]
-    writer = csv.writer(stream, delimiter=sep, quoting=quoting, lineterminator=end)
-    writer.writerows([("words", "numbers"), *lines])
-    text = stream.getvalue()
-    content = (text if draw(st.booleans()) else text.rstrip("\r\n")).encode(encoding)
-    form = Form(sep=sep, decimal=decimal, encoding="utf-16" if encoding == "utf-16" else None)
-    return content, form, rows
-
-
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(written_tables(), st.booleans())
-def test_a_written_table_is_read_back(tmp_path_factory, written, small):
-    content, form, rows = written
-    path = write(tmp_path_factory.getbasetemp() / "written.csv", content)
-    with pytest.MonkeyPatch.context() as patch:
-        if small:
-            # Rows that the csv module reads come in pieces of two.
-            patch.setattr(textfiles, "_ROWS", 2)
-        table = read_table(path, form=form)
-    assert list(zip(plain(table["words"]), plain(table["numbers"]), strict=True)) == rows
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)

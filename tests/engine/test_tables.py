@@ -99,34 +99,6 @@ def test_a_file_without_a_header(tmp_path):
     assert list(read_table(write(path, "country,2010,2011\nA,1,2\n"))) == ["country", "2010", "2011"]
 
 
-ODD = st.one_of(st.binary(), st.text("ab1,;|\t\n\"'.$%-/: 20", max_size=60).map(str.encode))
-
-
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(ODD, st.booleans())
-def test_any_bytes_are_a_table_or_a_named_mistake(tmp_path_factory, content, header):
-    path = tmp_path_factory.getbasetemp() / "odd.csv"
-    path.write_bytes(content)
-    try:
-        table = read_table(path, form=Form(header=header))
-    except DataError as error:
-        assert "odd.csv" in str(error)
-    else:
-        assert len({len(column) for column in table.values()}) == 1
-
-
-FINITE = st.floats(-1e12, 1e12)
-
-
-@settings(derandomize=True, deadline=None)
-@given(FINITE, st.sampled_from([".", ","]), st.booleans(), st.sampled_from(["", "$", "€ "]))
-def test_written_numbers_are_read(value, decimal, grouped, currency):
-    text = f"{abs(value):,.6f}" if grouped else f"{abs(value):.6f}"
-    if decimal == ",":
-        text = text.translate({ord(","): ".", ord("."): ","})
-    assert number(("-" if value < 0 else "") + currency + text, decimal) == float(f"{value:.6f}")
-
-
 @pytest.mark.parametrize(
     "text", ["", "$", "%", ".", "1,23", "12,3456", "1.2.3", "a1", "1a", "--1", "2024-01-01", "1 2"]
 )
