@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import host, kernels, memory, overhead, roofline, study, tables, timing, trials
+from bench import kernels, memory, overhead, roofline, study, tables, timing, trials
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.plans import open_backend
@@ -42,13 +42,6 @@ def test_a_study_runs_as_a_module():
 def test_what_is_no_network_is_refused(text):
     with pytest.raises(Exception, match="expected widths@batch"):
         study.network(text)
-
-
-@pytest.mark.parametrize("text", ["8-16", "8-16-0", "8x16x8", "8-16-8-2"])
-def test_what_is_no_shape_of_a_layer_is_refused(text):
-    assert kernels.shape("8-16-4") == (8, 16, 4)
-    with pytest.raises(Exception, match="expected"):
-        kernels.shape(text)
 
 
 def test_the_floor_is_the_longer_of_products_and_bytes_over_the_faster_copy():
@@ -133,18 +126,6 @@ def test_every_kernel_has_its_line_and_its_rates(monkeypatch):
     assert "GPU kernels: not yet measured on a GPU" in kernels.text(lines)
 
 
-def test_host_puts_the_versions_of_a_door_together():
-    lines = [
-        {"door": door, "label": label, "seconds": {"step": seconds}}
-        for label, seconds in (("before", 2e-5), ("after", 1e-6))
-        for door in ("fit", "fuse")
-    ]
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in host.text(lines).splitlines()]
-    assert [row for row in rows if row and row[0] in ("fit", "fuse")] == [
-        [door, *row] for door in ("fit", "fuse") for row in (("before", "20.0"), ("after", "1.0"))
-    ]
-
-
 def test_costs_of_a_fit_are_found_in_times_made_of_them():
     made = {(e, s): 3e-4 + 4e-5 * e + 2e-6 * e * s for e in (1, 4, 16) for s in (1, 8, 64)}
     found = overhead.fit_costs(made)
@@ -177,20 +158,6 @@ def test_what_an_engine_holds_is_counted():
     assert sum(line["least"].values()) <= line["peak"]
 
 
-def test_overhead_is_told_of_steps_memory_and_imports():
-    lines = [
-        overhead.step_costs("eager", {"backend": "numpy"}, 1),
-        memory.memory(TINY, "eager", {"optimizer": "sgd", "backend": "numpy"}),
-    ]
-    for name, seconds in overhead.import_seconds({"import fusemlp": "import fusemlp"}, 1).items():
-        assert seconds[0] >= 0
-        p50 = {"p20": seconds[0], "p50": 0.2, "p80": 0.3}
-        lines.append({"row": "import", "statement": name, "own": True, "seconds": p50, "rounds": 1})
-    shown = overhead.text(lines)
-    assert "making an Engine" in shown
-    assert "takes 200 ms; the goal is below 150 ms: missed" in shown
-
-
 def test_a_study_ends_in_lines_and_a_picture_with_its_finding(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
@@ -219,22 +186,6 @@ def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs():
     shown = tables.text(lines)
     assert "| a | 1,000 | 0.700 (0.50) | **0.800** (0.50) |" in shown
     assert "| mean rank by r2 |  | 1.75 | 1.25 |" in shown
-
-
-def test_processor_seconds_have_columns_and_older_results_a_dash():
-    old = scored("a", "linear", "regression", r2=0.5)
-    new = [{**scored("a", "fusemlp", "regression", r2=0.7), "seed": seed, "processor": 1.0 + seed} for seed in range(2)]
-    shown = tables.text([*new, old])
-    assert "| rows | fusemlp train | processor s | linear | processor s |" in shown
-    assert "| a | 1,000 | **0.700** (0.50) | 1.50 | 0.500 (0.50) | - |" in shown
-    assert "| mean seconds |  | 0.50 | 1.50 | 0.50 | - |" in shown
-    assert "processor" not in tables.text([old])
-
-
-def test_a_lower_log_loss_ranks_first():
-    losses = {"fusemlp": 0.2, "linear": 0.4}
-    lines = [scored("a", name, "classification", log_loss=loss, accuracy=0.5, auc=0.5) for name, loss in losses.items()]
-    assert tables.ranks(tables.means(lines), "log_loss") == {"fusemlp": 1.0, "linear": 2.0}
 
 
 def test_each_half_has_both_tasks_and_no_table_of_the_independent_check():

@@ -45,18 +45,6 @@ def test_the_noise_of_the_target_has_a_fifth_of_its_variance(generated):
     assert abs(y.var() - 1.25) < 5 * y.var() * np.sqrt((y.kurt() + 2) / ROWS)
 
 
-def test_the_command_writes_the_table(tmp_path, capsys):
-    import pandas
-
-    file = tmp_path / "small.csv"
-    assert generate.main([str(file), "--rows", "300", "--seed", "3"]) == 0
-    assert "300 rows" in capsys.readouterr().err
-    written, table = pandas.read_csv(file), generate.table(300, seed=3)
-    numbers = [f"x{place}" for place in range(1, 16)]
-    assert np.array_equal(written[[*numbers, "y"]], table[[*numbers, "y"]], equal_nan=True)
-    assert boosted.columns_of(written)[1] == [*numbers, "y"]
-
-
 def test_a_child_is_charged_for_its_work_and_not_for_its_parents_memory():
     held = np.ones(300 << 20, np.uint8)
     used = child.usage(["timeit", "-n", "1", "-r", "1", "-s", "x = b'1' * (100 << 20)", "sum(range(5_000_000))"])
@@ -77,15 +65,6 @@ def test_folds_are_those_of_fusemlp():
     for number, (kept, validated) in enumerate(folds(frame["y"].to_numpy()[trained], 5, seed=1, stratify=False)):
         assert np.array_equal(np.flatnonzero(numbers != number), kept)
         assert np.array_equal(np.flatnonzero(numbers == number), validated)
-
-
-def test_texts_are_left_out_and_words_are_categories_with_missing_cells():
-    import pandas
-
-    frame = pandas.DataFrame({"text": list("abcd"), "word": ["x", None, "x", "x"], "number": [1.0, np.nan, 2.0, 3.0]})
-    assert boosted.columns_of(frame) == (["word"], ["number"])
-    rows = boosted.categories(frame)
-    assert rows["word"].cat.codes.tolist() == [0, -1, 0, 0] and rows["number"].isna().tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("classes", [0, 2, 3])
@@ -121,31 +100,3 @@ def test_the_report_pairs_the_rounds():
     row = "| a | 1,000 | 30.00 (20.00 to 40.00) | 10.00 (10.00 to 10.00) | 3.00 (2.00 to 4.00) | 4.00 | 2.00 | r2 |"
     assert f"{row} 0.7500 | 0.5000 |" in trees.text(lines)
     assert "2 paired rounds" in trees.text(lines)
-
-
-def test_the_study_explains_itself(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        trees.main(["--help"])
-    assert "python -m bench trees" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--rounds", "1"], "at least 2 rounds"),
-        (["a.csv"], "a file needs --target"),
-        (["a.csv", "--target", "y", "--table", "ratdat/surveys"], "without --table"),
-    ],
-)
-def test_an_impossible_run_is_refused(arguments, problem, monkeypatch, capsys):
-    monkeypatch.setattr(trees, "find_spec", lambda name: name)
-    with pytest.raises(SystemExit, match="2"):
-        trees.main(arguments)
-    assert problem in capsys.readouterr().err
-
-
-def test_a_run_without_lightgbm_names_the_mend(monkeypatch, capsys):
-    monkeypatch.setattr(trees, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="2"):
-        trees.main([])
-    assert "pip install lightgbm" in capsys.readouterr().err

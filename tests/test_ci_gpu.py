@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import gpu_checks
 import gpu_items
 import gpu_stages
 import pytest
@@ -164,29 +163,3 @@ def test_without_a_card_it_says_how_to_rehearse(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert "no card was found" in done.stderr and "--rehearse" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["smok"], "expected some of smoke, proofs, tune, bench, profile, got 'smok'"),
-        (["--minutes", "0"], "from 1 on"),
-        (["--jobs", "0"], "from 1 on"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, said, capsys):
-    with pytest.raises(SystemExit):
-        gpu_stages.main(arguments)
-    assert said in capsys.readouterr().err
-
-
-def test_every_stage_has_its_function_and_its_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        gpu_stages.main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown and callable(getattr(gpu_stages, name)) for name in gpu_stages.STAGES)
-
-
-def test_the_time_in_which_the_device_works_counts_once():
-    assert gpu_checks.covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
-    assert gpu_checks.covered([]) == 0.0

@@ -7,7 +7,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,20 +40,6 @@ def test_a_cell_has_every_dependency_in_its_declared_range():
         assert re.match(r"[\w.-]+>=[\d.]+", requirement) and "==" not in requirement, requirement
 
 
-def test_the_tests_of_a_cell_are_there_and_need_no_torch():
-    for test in versions.TESTS:
-        text = (ROOT / test).read_text(encoding="utf-8")
-        assert not re.search(r"^(import|from) (torch|triton)\b", text, re.MULTILINE), test
-
-
-@pytest.mark.parametrize(
-    ("before", "counts", "after"),
-    [("", "873 passed, 2 xfailed", ", 30 warnings in 311.74s (0:05:11)"), ("===== ", "7 passed", " in 2.30s =====")],
-)
-def test_the_counts_of_pytest_are_the_result(before, counts, after):
-    assert versions.COUNTS.findall(f"some output\n{before}{counts}{after}\n") == [counts]
-
-
 def test_missing_interpreters_are_named_and_cells_that_fail_are_counted(monkeypatch, tmp_path, capsys):
     """Build no wheel, and know Python 3.11 alone; a cell of the newest versions fails."""
 
@@ -78,17 +63,6 @@ def test_missing_interpreters_are_named_and_cells_that_fail_are_counted(monkeypa
     assert "torch" not in capsys.readouterr().out
 
 
-def test_wheels_that_pip_finds_on_the_machine_are_uvs_too(monkeypatch, tmp_path):
-    command = [sys.executable, "-c", "import os; print(os.environ['UV_FIND_LINKS'])"]
-    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
-    monkeypatch.setenv("PIP_FIND_LINKS", "/some/wheels")
-    assert versions.run("asking", command, cwd=tmp_path) == "/some/wheels\n"
-    monkeypatch.setenv("PIP_FIND_LINKS", "/some/wheels /more")
-    assert versions.run("asking", command, cwd=tmp_path) == "/some/wheels,/more\n"
-    monkeypatch.setenv("UV_FIND_LINKS", "/others")
-    assert versions.run("asking", command, cwd=tmp_path) == "/others\n"
-
-
 def test_a_cell_of_triton_executes_ptx_and_rehearses(monkeypatch, tmp_path):
     """With commands that run nothing."""
     commands = []
@@ -106,12 +80,3 @@ def test_a_cell_of_triton_executes_ptx_and_rehearses(monkeypatch, tmp_path):
     assert commands[-2][1]["TRITON_INTERPRET"] == "0" and "PYTHON" in commands[-1][1]
     cell = versions.check_cell("uv", sys.executable, "newest", wheel, tmp_path / "other", tests, None)
     assert cell.result == "211 passed" and "TRITON_INTERPRET" not in commands[-1][1]
-
-
-def test_interpreters_are_asked_for_their_version():
-    major, minor = sys.version_info[:2]
-    assert versions.find_python("2.5", sys.executable) is None
-    found = versions.find_python(f"{major}.{minor}", sys.executable)
-    if found is not None:
-        command = [found, "-I", "-c", "import sys; print(sys.version_info[:2])"]
-        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == str((major, minor))

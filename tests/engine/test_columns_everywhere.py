@@ -235,21 +235,6 @@ def test_a_copy_predicts_and_trains_on(through, tmp_path):
         make.assert_same(other.state_dict(), trained.state_dict())
 
 
-def test_torch_takes_over_the_parameters():
-    torch = pytest.importorskip("torch")
-    trained = engine(precision="fp32")
-    trained.fit(X, Y, epochs=2)
-    outputs = fusemlp.torch.to_torch(trained)(torch.from_numpy(DENSE.astype(np.float32))).detach().numpy()
-    np.testing.assert_allclose(outputs[:, 0], trained.predict(X), rtol=0, atol=1e-5)
-
-
-def test_the_program_is_of_dense_rows():
-    trained = engine()
-    before = str(trained.program)
-    trained.fit(X, Y, epochs=1)
-    assert str(trained.program) == before
-
-
 def test_a_divergence_does_not_take_codes_for_features():
     rows = columns(150, (Column(WORD, 900), Column(BAG, 500, 3)))
     trained = make.engine((1400, 8, 1), "mse", fusemlp.SGD(1e30))

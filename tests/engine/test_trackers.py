@@ -291,11 +291,6 @@ class TestMLflow:
         assert [step for step, _ in history_of(mlflow, run_id, "loss")] == [1, 2, 3]
         assert stored(mlflow, run_id).info.status == "FINISHED"
 
-    def test_the_command_line_marks_a_diverged_run(self, mlflow, tmp_path):
-        options = ["--loss", "mse", "--scale", "none", "--optimizer", "sgd", "--lr", "1000", "--models", "1", "--quiet"]
-        assert run("train", "diabetes", *options, "--track", "mlflow", "--out", tmp_path / "run") == 1
-        assert stored(mlflow, read(tmp_path / "run/tracking.json")["mlflow"]).info.status == "FAILED"
-
     def test_an_ensemble_has_the_mean_curves(self, mlflow, tmp_path):
         folder = tmp_path / "run"
         options = ["--epochs", "3", "--models", "2", "--quiet", "--track", "mlflow"]
@@ -395,12 +390,6 @@ def test_copies_work_as_scikit_learn_makes_them(tracker):
     made = tracker("place", "name", params={"a": 1}, log_model=True)
     for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert vars(copied) == vars(made)
-
-
-def test_an_unknown_tracker(tmp_path, capsys):
-    assert run("train", "iris", "--track", "mlflo", "--out", tmp_path / "run") == 2
-    assert "--track: unknown name 'mlflo'; did you mean 'mlflow'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", [fusemlp.callbacks.MLflow, fusemlp.callbacks.WandB])

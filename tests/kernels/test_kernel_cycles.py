@@ -290,11 +290,6 @@ def test_programs_go_to_the_first_multiprocessor_with_room(groups, places, cycle
     assert kernel_model.schedule(groups, 2, places) == pytest.approx(cycles)
 
 
-def test_the_parameters_are_frozen():
-    assert dataclasses.astuple(kernel_model.H100) == (132, 1.83e9, 3e12, 1.3e-6, 0.7e-6, 800e12, 0.62, 128, 64, 4)
-    assert (kernel_waits.LOAD, kernel_model.CARD_TRITON) == (300, "3.6.0")
-
-
 # Estimates in microseconds that were made before the model, of the plans of then: estimated_launches.json has these.
 ESTIMATES = {"784-128-10": (13, 13), "784-512-256-10": (22, 22), "4 x 1024": (235, 250), "512 models": (14, 18)}
 LAUNCHES = json.loads(Path(__file__).with_name("estimated_launches.json").read_text(encoding="utf-8"))
@@ -345,18 +340,6 @@ def test_a_kernel_without_a_row_of_its_code_is_compiled(monkeypatch):
     assert [one.seconds for one in again] == [one.seconds for one in times]
 
 
-def test_expected_times_stand_beside_measured_ones(tmp_path, capsys):
-    line = {"row": "call", "backend": "triton", "case": "784-128-10@128", "precision": "fp32", "optimizer": "SGD"}
-    line |= {"index": 0, "label": "linear relu", "seconds": {"p50": 3.25e-6}}
-    file = tmp_path / "roofline-fp32.jsonl"
-    file.write_text("\n".join(json.dumps(one) for one in (line, {**line, "row": "sum"})) + "\n")
-    assert kernel_model.main(["--beside", str(file)]) == 0
-    figures = json.loads(capsys.readouterr().out.removeprefix("figures: "))
-    (calls,) = figures["expected by a model and measured, us"].values()
-    goal, _ = launch("784-128-10 b128 fp32", "linear")
-    assert calls == {"0 linear relu": [round(1e6 * kernel_model.step(goal)[0].seconds, 2), 3.25]}
-
-
 def test_the_command_prints_the_launches_of_a_step(capsys):
     assert kernel_model.main(["784", "128", "10"]) == 0
     said = capsys.readouterr().out
@@ -367,19 +350,3 @@ def test_the_command_prints_the_launches_of_a_step(capsys):
     with pytest.raises(SystemExit):
         kernel_model.main(["784"])
     assert "expected two widths or more, such as 784 128 10, got [784]" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["784", "0", "10"], "argument sizes: expected two widths or more"),
-        (["784", "10", "--batch-size", "0"], "argument --batch-size: expected more than 0, got 0"),
-        (["784", "10", "--clock", "0"], "argument --clock: expected more than 0, got 0.0"),
-        (["784", "10", "--models", "4"], "argument --models: several models train at once with --plan resident alone"),
-        (["784", "10", "--triton", "9.9"], "argument --triton: kernel_resources.json has no rows of 9.9"),
-    ],
-)
-def test_the_command_refuses_what_it_cannot_expect(arguments, problem, capsys):
-    with pytest.raises(SystemExit) as raised:
-        kernel_model.main(arguments)
-    assert raised.value.code == 2 and problem in capsys.readouterr().err
