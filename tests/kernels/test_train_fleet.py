@@ -103,14 +103,6 @@ def test_what_is_frozen_stays_and_the_rest_makes_the_oracles_steps(variant, froz
 
 
 @pytest.mark.parametrize("variant", FIRST)
-def test_seventeen_models_with_numbers_of_their_own(variant):
-    shape, model = case(1)
-    fleet = Fleet(variant, shape, varied(model, 17))
-    fleet.check_a_step()
-    assert len(set(fleet.stats[:, c.LAST_LOSS].tolist())) == 17
-
-
-@pytest.mark.parametrize("variant", FIRST)
 def test_a_number_changes_its_own_model_alone(variant):
     """The learning rate, momentum, weight decay, the rate of the masks: what each is worth to a model."""
     shape, model = case(1)
@@ -379,8 +371,9 @@ def test_launches_of_any_length_give_the_bits_of_launches_of_an_epoch(variant, n
         assert_same(single.everything()[name], found[name], name)
 
 
+# weights of rows, slopes, frozen weights, gradients in memory, several tiles: the ridge knows of no loss or activation
 @pytest.mark.parametrize("variant", EVERY)
-@pytest.mark.parametrize("number", range(len(CASES) - 1))
+@pytest.mark.parametrize("number", [1, 4, 6, 8, 14])
 def test_steps_with_ridges_and_divisors_are_the_oracles(variant, number):
     shape, model = case(number)
     models = with_ridges(replace(model, rows=shape.batch + 4))
