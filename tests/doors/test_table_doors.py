@@ -57,7 +57,7 @@ def test_rows_without_a_target_are_left_out_and_said(door, task, column, gap, tm
     there = np.arange(60) % 10 != 3
     gaps = frame.assign(y=frame["y"].where(there, gap))
     notes, predicted = DOORS[door](tmp_path, gaps, "y", task, **OPTIONS)
-    assert notes == ["6 of 60 rows have no 'y' and are left out"]
+    assert notes == ["rows without 'y', left out: 6 of 60"]
     _, expected = by_estimator(tmp_path, frame[there], "y", task, **OPTIONS)
     np.testing.assert_array_equal(predicted[there], expected)
 
@@ -68,7 +68,7 @@ def test_any_missing_target_is_one(missing):
     labels = [missing, *frame["kind"][1:]]
     for y in (labels, np.array(labels, object), pandas.Series(labels, dtype=object)):
         model = TableClassifier(**OPTIONS).fit(frame[["size"]], y)
-        assert model.notes_ == ("1 of 60 rows have no 'y' and are left out",)
+        assert model.notes_ == ("rows without 'y', left out: 1 of 60",)
         assert model.classes_.tolist() == ["big", "small"]
     whole = pandas.array([None, *np.arange(59)], dtype="Int64")
     model = TableRegressor(**OPTIONS).fit(frame[["size"]], whole, X_val=frame[["size"]], y_val=whole)
@@ -119,7 +119,7 @@ def with_gaps():
 def test_several_targets_with_gaps_are_one_network(door, tmp_path):
     whole, gaps = with_gaps()
     notes, predicted = DOORS[door](tmp_path, gaps, "price,rent", "regression", **OPTIONS | {"epochs": 60, "lr": 0.02})
-    assert notes[0].startswith("10 of 200 rows have no ")
+    assert notes[0].startswith("rows without ") and notes[0].endswith(", left out: 10 of 200")
     assert "missing targets, which weigh nothing: 30 in 'price', 40 in 'rent'" in notes
     truth = whole[["price", "rent"]].to_numpy()
     # each target counts in its own deviations
@@ -222,7 +222,7 @@ def test_labels_beside_a_gap_stay_what_they_are(labels):
     for given in (y, np.array(y, object), pandas.Series(y, dtype=object), pandas.Series(whole), whole):
         model = TableClassifier(**OPTIONS).fit(frame[["size"]], given)
         assert model.classes_.tolist() == labels and model.classes_.dtype == np.array(labels).dtype
-        assert model.notes_ == ("1 of 60 rows have no 'y' and are left out",)
+        assert model.notes_ == ("rows without 'y', left out: 1 of 60",)
 
 
 def test_rows_may_be_mappings():
@@ -394,7 +394,7 @@ def test_rows_of_weight_0_are_left_out(door, tmp_path):
     np.testing.assert_array_equal(predicted, model.predict(frame[["size", "age"]]))
     dataset = load_data(frame.assign(w=weight), target="y", columns=ColumnChoices(weight="w", ids=["age"]))
     assert len(dataset.y) == len(dataset.X) == len(dataset.ids["age"]) == np.count_nonzero(weight)
-    assert "20 of 60 rows have no weight and are left out" in dataset.notes
+    assert "rows without a weight, left out: 20 of 60" in dataset.notes
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,8 @@ def test_idx_element_types(tmp_path, code, dtype):
         ("a", b"", r"an empty file"),
         ("a", idx_bytes(IMAGES) + b"\0", r"shape \(3, 2, 4\), that is 40 bytes in all, found 41"),
         ("a", struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), r"4294967295, 4294967295"),
-        ("a", struct.pack(">HBB4I", 0, 8, 4, 2**24, 0, 2**24, 2**24), r"16777216\), which no array has"),
-        ("a", struct.pack(">HBB", 0, 8, 65) + bytes(4 * 65), r"which no array has"),
+        ("a", struct.pack(">HBB4I", 0, 8, 4, 2**24, 0, 2**24, 2**24), r"16777216\), that is \d+ bytes"),
+        ("a", struct.pack(">HBB", 0, 8, 65) + bytes(4 * 65), r"announces shape"),
         ("a.gz", idx_bytes(IMAGES), r"a\.gz: expected an IDX file compressed by gzip"),
     ],
 )
@@ -177,7 +177,7 @@ def test_pickles_are_never_loaded_and_a_single_array_is_no_npz(tmp_path):
         read_npz(npz(tmp_path / "objects.npz", X=np.array([{"a": 1}], dtype=object)))
     stream = io.BytesIO()
     np.save(stream, np.ones(3))
-    with pytest.raises(DataError, match="found one array"):
+    with pytest.raises(DataError, match="expected an npz file with plain arrays"):
         read_npz(write(tmp_path / "single.npz", stream.getvalue()))
 
 

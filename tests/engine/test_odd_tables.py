@@ -325,7 +325,7 @@ def test_a_table_means_the_same_in_every_form(form, tmp_path):
     for X, y in ((dataset.X, dataset.y), load_labelled(FORMS[form](tmp_path), made, notes=notes)):
         np.testing.assert_array_equal(X, expected.X)
         assert y.tolist() == expected.y.tolist()
-    assert "6 of 24 rows have no 'kind' and are left out" in notes
+    assert "rows without 'kind', left out: 6 of 24" in notes
     new = load_features(FORMS[form](tmp_path), made)
     np.testing.assert_array_equal(new[np.arange(24) % 4 != 3], expected.X)
 

@@ -193,6 +193,9 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
         ("a;b\n" + "".join(f"1.{minor}.15;1\n" for minor in range(13)), "'1.1.15' and others such as '1.0.15'", {}),
         ("a;b\n" + "1.5;2,25\n" * 9, "decimal mark ',', but a point in 'a'$", {}),
         ("a;b;c\n" + "1.5;2,25;2\n" * 9, "decimal mark ',' in 'b'$", {}),
+        # addresses have no decimal mark
+        ("a,b\n" + "".join(f"192.168.123.{last},1.5\n" for last in range(89, 110)), "", {}),
+        ("a;b\n" + "".join(f"10.0.1.{last};1\n192.168.123.45;1\n" for last in range(9)), "", {}),
     ],
 )
 def test_a_doubtful_column_is_said(content, note, options, tmp_path):
@@ -228,7 +231,7 @@ def test_a_sum_below_the_rows_and_a_target_without_variation_are_said(tmp_path):
         (cells("1.5", "x"), "line 6, column 'a': 'x' is not a number", {"targets": ["a"]}),
         (
             "y;b\n" + "632.96;1\n" * 9,
-            "mark ','; correct .*leave out --decimal",
+            "mark ','; correct .*give --decimal . if all columns are written so, else write this one with ',',",
             {"targets": ["y"], "form": Form(decimal=",")},
         ),
     ],
@@ -563,7 +566,7 @@ def test_an_odd_table_from_training_to_prediction(tmp_path, capsys):
     shown = capsys.readouterr().err
     for line in (
         "odd.csv: separated by ';', decimal mark ',', encoding cp1252",
-        "1 of 150 rows have no 'preis' and are left out",
+        "rows without 'preis', left out: 1 of 150",
         "left out, unless you --keep them: 'id' (",
         "missing cells, filled in: 15 in 'größe', 37 in 'farbe'",
     ):
@@ -583,7 +586,7 @@ def test_an_odd_table_from_training_to_prediction(tmp_path, capsys):
     said = (tmp_path / "out.csv").read_text().split()
     assert len(said) == 4 and np.isfinite(np.array(said[1:], float)).all()
     assert run("evaluate", folder, "--data", table) == 0
-    assert "1 of 150 rows have no 'preis'" in capsys.readouterr().out
+    assert "rows without 'preis', left out: 1 of 150" in capsys.readouterr().out
 
 
 def test_the_options_of_a_table(tmp_path, capsys):

@@ -132,22 +132,19 @@ def _numbered(count: int) -> tuple[str, ...]:
 def read_npz(path: Path) -> dict[str, Array]:
     """Return all arrays of an npz file by name; pickled objects are never loaded."""
     try:
-        with path.open("rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if isinstance(archive, np.lib.npyio.NpzFile):
-                with archive:
-                    arrays = {name: archive[name] for name in archive.files}
-                # numpy returns bytes for an entry without an array header.
-                foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-                if foreign:
-                    raise ValueError(f"{foreign[0]!r} is no array")
-                return arrays
+        # of one array TypeError: it is no archive
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        # numpy returns bytes for an entry without an array header.
+        foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if foreign:
+            raise ValueError(f"{foreign[0]!r} is no array")
+        return arrays
     except (*ARCHIVE, *CONTENT) as error:
         raise DataError(
             f"{path}: expected an npz file with plain arrays X and y, as numpy.savez writes it, but it "
             f"cannot be read ({reason(error)}); it may be damaged or incomplete, or hold Python objects"
         ) from error
-    raise DataError(f"{path}: expected an npz archive as numpy.savez writes it, found one array")
 
 
 def read_idx(path: Path) -> Array:
@@ -173,16 +170,14 @@ def read_idx(path: Path) -> Array:
     dtype, dimensions = np.dtype(types[content[2]]), content[3]
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
-    expected = start + math.prod(shape) * dtype.itemsize
-    if len(content) != expected:
-        raise DataError(
-            f"{path}: its header announces shape {shape}, that is {expected} bytes in all, found "
-            f"{len(content)}; the file is incomplete or damaged: fetch it again"
-        )
     try:
         return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
     except ValueError as error:
-        raise DataError(f"{path}: its header announces shape {shape}, which no array has; fetch it again") from error
+        expected = start + math.prod(shape) * dtype.itemsize
+        raise DataError(
+            f"{path}: its header announces shape {shape}, that is {expected} bytes in all, found {len(content)}; the "
+            "file is incomplete or damaged: fetch it again"
+        ) from error
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:

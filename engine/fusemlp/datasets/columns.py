@@ -449,10 +449,12 @@ def _not_numeric(text: str, decimal: str, as_words: str | None) -> str:
     """Return the mistake; ``as_words`` is the option that takes the column as words, None in new rows of a run."""
     if number(text, decimal) is not None:
         return f"{text!r} is not a finite number; correct it or delete the row"
-    marked = number(text, {".": ",", ",": "."}[decimal]) is not None
+    other = {".": ",", ",": "."}[decimal]
+    marked = number(text, other) is not None
+    mend = [f"give --decimal {other} if all columns are written so, else write this one with {decimal!r}"]
     others = "the column held numbers in the training data" if as_words is None else "other values of the column are"
     what = f"not a number with the decimal mark {decimal!r}" if marked else f"not a number, but {others}"
-    return f"{text!r} is {what}; {_mends(text, as_words, *(['change or leave out --decimal'] if marked else []))}"
+    return f"{text!r} is {what}; {_mends(text, as_words, *(mend if marked else []))}"
 
 
 def _mends(text: str, as_words: str | None, *more: str) -> str:

@@ -285,7 +285,11 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         task=task,
     )
     if weight is not None:
-        table = _counted(table, weights(f"{path}, {weight!r} of rows with a target", table[weight]) != 0, notes)
+        counts = weights(f"{path}, {weight!r} of rows with a target", table[weight]) != 0
+        if not counts.all():
+            # with them a part to validate on might have no weight at all
+            notes.append(f"rows without a weight, left out: {len(counts) - np.count_nonzero(counts)} of {len(counts)}")
+            table = {name: column[counts] for name, column in table.items()}
     y = _labels(table, targets)
     no_inputs = {*columns.texts, weight, *(columns.drop if like is None else set(table) - wanted)}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
@@ -327,14 +331,6 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         weight=None if weight is None else table[weight],
         decimals=tuple(decimals.items()) if "," in decimals.values() else (),
     )
-
-
-def _counted(table: dict[str, Array], counts: Array, notes: list[str]) -> dict[str, Array]:
-    """Return the rows of a table that count; with the others a part to validate on might have no weight at all."""
-    if counts.all():
-        return table
-    notes.append(f"{len(counts) - np.count_nonzero(counts)} of {len(counts)} rows have no weight and are left out")
-    return {name: column[counts] for name, column in table.items()}
 
 
 def _labels(table: dict[str, Array], targets: tuple[str, ...]) -> Array:

@@ -311,7 +311,7 @@ def read_table(
     if len(held) > 1:
         table |= {column.name: column.with_gaps(table[column.name]) for column in held}
     if missing.any():
-        notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {listed(targets)} and are left out")
+        notes.append(f"rows without {listed(targets)}, left out: {int(missing.sum())} of {len(missing)}")
         table = {name: column[~missing] if len(column) == len(missing) else column for name, column in table.items()}
     return table
 

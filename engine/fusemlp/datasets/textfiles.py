@@ -45,6 +45,10 @@ _ASCII = bytes(range(9, 127))
 _CURRENCY = r"(?:[$\u00a2-\u00a5\u20a0-\u20c0]|EUR|USD|GBP|CHF|JPY)?"
 # A number with a mark: digits, thousands, the last mark, digits.
 _MARKED = re.compile(r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?")
+# Digits and points that are no number: a version, a date, an address of the internet.
+_DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
+# Cells of one form become one text.
+_FORMS = str.maketrans("23456789", "11111111")
 _SPACES = r" '\u2019\u00a0\u202f"
 
 
@@ -124,9 +128,9 @@ def open_text(path: Path, form: Form) -> OpenTable:
         sample = list(itertools.islice(iter(lambda: stream.readline(_LONGEST), ""), SAMPLE))
     if any(len(line) == _LONGEST for line in sample):
         raise DataError(f"{path}: a line has {_LONGEST:,} characters or more; a line break may be missing")
-    sep = form.sep or _separator(sample)
+    sep, rows = _separator(sample, [form.sep] if form.sep else [*SEPARATORS])
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
-    names, header, decimals = headed(path, first, _cells(sample, sep), sep, form)
+    names, header, decimals = headed(path, first, rows, sep, form)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -318,16 +322,20 @@ def _cells(sample: list[str], sep: str) -> list[list[str]]:
     return rows
 
 
-def _separator(sample: list[str]) -> str:
-    """Return the separator that gives most rows the width of the first, and then the widest rows; a comma if none."""
+def _separator(sample: list[str], candidates: list[str]) -> tuple[str, list[list[str]]]:
+    """Return the separator that gives most rows the width of the first, and then the widest, the last one if none does.
 
-    def score(sep: str) -> tuple[float, int]:
-        rows = _cells(sample, sep)
+    The rows of the sample are returned too.
+    """
+
+    def score(rows: list[list[str]]) -> tuple[float, int]:
         width = len(rows[0]) if rows else 0
         return (sum(len(row) == width for row in rows) / len(rows) if width > 1 else 0.0, width)
 
-    best = max(SEPARATORS, key=score)
-    return best if score(best)[0] else ","
+    cut = {sep: _cells(sample, sep) for sep in candidates}
+    best = max(candidates, key=lambda sep: score(cut[sep]))
+    best = best if score(cut[best])[0] else candidates[-1]
+    return best, cut[best]
 
 
 def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
@@ -335,9 +343,15 @@ def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
 
     Three digits after a mark may be thousands: such a number counts only where nothing else decides, and for a comma
     only in a file separated by semicolons, as spreadsheets write it where the comma is the decimal mark. A column
-    decides by itself if most of its marks are sure, and in a sheet, without a separator, alone.
+    decides by itself if most of its marks are sure, and in a sheet, without a separator, alone. One of versions or
+    addresses decides nothing.
     """
-    columns = [Counter(map(_shown, cells)) for cells in itertools.zip_longest(*rows, fillvalue="")]
+    columns = []
+    for cells in itertools.zip_longest(*rows, fillvalue=""):
+        own = Counter[str]()
+        for form, count in Counter("\0".join(cells).translate(_FORMS).split("\0")).items():
+            own[_shown(form)] += count
+        columns.append(Counter() if own["dotted"] > own["sure,"] else own)
     counts: Counter[str] = sum(columns, Counter())
 
     def most(of: Counter[str]) -> str:
@@ -350,10 +364,10 @@ def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
 
 
 def _shown(cell: str) -> str:
-    """Return the decimal mark that a cell shows, after "sure" or "maybe"; "" for no number with a mark."""
+    """Return the decimal mark that a cell shows, after "sure" or "maybe"; "dotted" or "" for no number with a mark."""
     match = _MARKED.fullmatch(cell.strip(" +-$%\u00a3\u00a5\u20ac"))
-    if not match:
-        return ""
+    if not match or (match[3] in match[2] and len(match[4]) != 3):
+        return "dotted" if _DOTTED.fullmatch(cell) else ""
     if match[3] in match[2]:
         # Several equal marks are thousands.
         return "sure," if match[3] == "." else "sure."

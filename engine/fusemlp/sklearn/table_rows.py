@@ -98,7 +98,7 @@ def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list
     if not len(kept):
         raise DataError(f"y: the target is missing in all {len(missing)} rows; give at least one")
     if len(kept) < len(missing):
-        notes.append(f"{len(missing) - len(kept)} of {len(missing)} rows have no 'y' and are left out")
+        notes.append(f"rows without 'y', left out: {len(missing) - len(kept)} of {len(missing)}")
         y = _safe_indexing(y, kept)
     values = np.asarray(y)
     # whole numbers beside which a gap stood are such again
