@@ -1,6 +1,6 @@
-"""Short module paths: ``fusemlp.losses`` is ``fusemlp.describe.losses``.
+"""Short and earlier module paths: ``fusemlp.losses`` is ``fusemlp.describe.losses``.
 
-User code imports the public modules by these paths, and pickles of release 0.1 name their classes by them.
+User code imports the public modules by these paths, and pickles of earlier releases name their classes by them.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 PATHS = {
+    "callbacks.trackers": "callbacks.loggers",
     "candidates": "fleet.candidates",
     "checkpoint": "training.checkpoint",
     "data": "datasets.load",
@@ -25,6 +26,8 @@ PATHS = {
     "preprocessing": "datasets.preprocessing",
     "saving": "training.checkpoint",
     "schedules": "describe.schedules",
+    "sklearn.classifier": "sklearn.estimators",
+    "sklearn.regressor": "sklearn.estimators",
     "transfer": "training.transfer",
 }
 

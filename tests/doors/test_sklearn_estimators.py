@@ -24,7 +24,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import fusemlp
 from fusemlp import sklearn as ours
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, settings
-from fusemlp.sklearn.classifier import _classes_of
+from fusemlp.sklearn.estimators import _classes_of
 from fusemlp_kernels.contract import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -22,8 +22,7 @@ from inspect import getattr_static, isfunction
 
 from fusemlp.describe.checks import knows_names, knows_names_of, names_absent
 from fusemlp.engine import OF_PREDICT
-from fusemlp.sklearn.classifier import MLPClassifier
-from fusemlp.sklearn.regressor import MLPRegressor
+from fusemlp.sklearn.estimators import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
 from fusemlp.sklearn.table import RETRAINED, TableClassifier, TableRegressor
 

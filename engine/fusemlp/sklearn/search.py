@@ -23,7 +23,6 @@ from fusemlp.describe.checks import as_kind
 from fusemlp.runtime.plans import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.candidates import Candidates, SharedFits, last_step
-from fusemlp.sklearn.solvers import one_warning
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # joblib's own backends, in whose place models train side by side.
@@ -68,7 +67,7 @@ class _FleetSearch(BaseSearchCV):
             # the clone that scikit-learn makes of it is asked for the fits
             self.estimator.__sklearn_clone__ = partial(getattr, self, "estimator")
         try:
-            with one_warning(self), here:
+            with here:
                 super().fit(X, y, **params)
         finally:
             if shares:

@@ -1,8 +1,8 @@
 """The solvers of scikit-learn's estimators: stochastic ones, L-BFGS, and the warning that a fit has not converged.
 
 A fit cannot be told that a search has called it, so it finds the search among its callers. The fit of the best
-candidate, a search's last, gives the warning. A ``FleetSearchCV`` gives it itself, with ``refit=False`` too; another
-search with ``refit=False`` gives it with its first such fit. Fits in other processes or threads know of no search.
+candidate, a search's last, gives the warning, and with ``refit=False`` the first such fit does. Fits in other processes
+or threads know of no search.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -240,8 +239,7 @@ def minimise(policy: SklearnPolicy) -> None:
     fit_ended(str(messages[0].message) if messages else None, stacklevel=5)
 
 
-# The messages of a search's fits, None of those that converged: by an object that lives as long as a call of its
-# ``fit``, or by a fleet's search.
+# The messages of a search's fits, None of those that converged, by an object that lives as long as a call of ``fit``.
 _ends: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
 
 
@@ -253,27 +251,16 @@ def fit_ended(message: str | None, *, stacklevel: int) -> None:
             warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
         return
     search, call, in_fold = around
-    if search in _ends:
-        # a fleet's search gives the warning itself
-        _ends[search].append(message)
-        return
     ends = _ends.setdefault(call, [])
     ends.append(message)
     if search.refit and not in_fold:
-        _tell(search, _ends.pop(call))
+        messages = [message for message in _ends.pop(call) if message is not None]
+        if messages:
+            fits = f"{len(messages)} of the {len(ends)} fits of this {type(search).__name__}"
+            # one alone if the folds were fitted in other processes
+            _warn(messages[0] if len(ends) == 1 else f"{messages[0]} {fits} ended so: raise max_iter.")
     elif not search.refit and message is not None and len(ends) - ends.count(None) == 1:
         _warn(f"{message} Other fits of this {type(search).__name__} that end so give no warning.")
-
-
-@contextmanager
-def one_warning(search: Any) -> Iterator[None]:
-    """Note how the fits of a search in the block end, and warn after it."""
-    _ends[search] = ends = list[str | None]()
-    try:
-        yield
-    finally:
-        _ends.pop(search, None)
-    _tell(search, ends)
 
 
 def _search_around() -> tuple[Any, Any, bool] | None:
@@ -293,14 +280,6 @@ def _callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _tell(search: Any, ends: Sequence[str | None]) -> None:
-    messages = [message for message in ends if message is not None]
-    if messages:
-        fits = f"{len(messages)} of the {len(ends)} fits of this {type(search).__name__}"
-        # one alone if the folds were fitted in other processes
-        _warn(messages[0] if len(ends) == 1 else f"{messages[0]} {fits} ended so: raise max_iter.")
 
 
 def _warn(message: str) -> None:
