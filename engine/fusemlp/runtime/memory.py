@@ -208,15 +208,17 @@ class Memory:
 
         An average of the parameters begins anew with them.
         """
-        if arena == "params" and self.averages:
-            self.write(tensors, self.evaluated_arena)
-        flat = self.arrays[arena]
-        flat[:] = 0.0
-        views = self.layout.views(self.backend, flat)
-        for short, name in self.names.items():
-            self.backend.copy_into(views[short], tensors[name])
-        if arena == "params":
-            self.refresh_shadow()
+        flat = self.flat(tensors)
+        for name in {arena, self.evaluated_arena} if arena == "params" else {arena}:
+            self.backend.copy_into(self.arrays[name], flat)
+        self.refresh_shadow()
+
+    def flat(self, tensors: Mapping[str, Any]) -> Any:
+        """Invert ``named``."""
+        flat = self.backend.allocate(len(self.params), "real")
+        for short, view in self.layout.views(self.backend, flat).items():
+            self.backend.copy_into(view, tensors[self.names[short]])
+        return flat
 
     def named(self, flat: Any) -> dict[str, Array]:
         """Return copies of the tensors in a flat array like that of the parameters, by name."""

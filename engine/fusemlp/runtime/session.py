@@ -316,9 +316,9 @@ class Session:
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
         if self._parts(rows) > self.memory.gradient_parts:
-            before = self.memory.snapshot()
+            before = self.memory
             self._use_memory(None, self.rates.schedule, rows)
-            self.memory.restore(before)
+            self.memory.take(before)
 
     def lay_out(self, coding: Coding | None) -> None:
         """Lay out the weights of the first layer for rows with a coding, or for dense ones with None."""

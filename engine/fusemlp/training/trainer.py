@@ -124,18 +124,17 @@ class Trainer(Session):
         self.fit_state: FitState | None = None
         self.epochs_trained = 0
         self.stop_training = False
-        # the best weights: on the device as in the arena that predictions read, or on the host by name
+        # the best weights, as in the arena that predictions read
         self._best: Any = None
 
     @property
     def best_parameters(self) -> dict[str, Array] | None:
         """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
-        by_name = self._best is None or isinstance(self._best, dict)
-        return self._best if by_name else self.memory.named(self._best)
+        return None if self._best is None else self.memory.named(self._best)
 
     @best_parameters.setter
     def best_parameters(self, tensors: dict[str, Array] | None) -> None:
-        self._best = tensors
+        self._best = None if tensors is None else self.memory.flat(tensors)
 
     @property
     def keeps_best(self) -> bool:
@@ -144,24 +143,20 @@ class Trainer(Session):
 
     def lay_out(self, coding: Coding | None) -> None:
         """Lay out the weights of the first layer for rows with a coding, or for dense ones with None."""
-        if self.coded != (coding is not None):
-            # by name: in the arena they lie as before
-            self._best = self.best_parameters
+        before = self._memory
         super().lay_out(coding)
+        if self._best is not None and self._memory is not before:
+            self.best_parameters = before.named(self._best)
 
     def keep_best(self) -> None:
         """Keep what predictions read now as the best weights."""
         memory = self.memory
         name = memory.evaluated_arena
-        into = {name: self._best} if self._best is not None and not isinstance(self._best, dict) else None
-        self._best = memory.copies([name], into)[name]
+        self._best = memory.copies([name], None if self._best is None else {name: self._best})[name]
 
     def go_to_best(self) -> None:
         """Go back to the best weights; an average of the parameters begins anew with them."""
         memory = self.memory
-        if isinstance(self._best, dict):
-            memory.write(self._best)
-            return
         for name in {"params", memory.evaluated_arena}:
             memory.backend.copy_into(memory.arrays[name], self._best)
         memory.refresh_shadow()
