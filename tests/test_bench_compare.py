@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, doors, plots, readme, report
+from bench import compare, doors, readme, report
 from bench.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,16 +136,6 @@ def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path, monkeypatch):
         assert after.count("| on a GPU |") == 1
 
 
-def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path):
-    measured = lines(0, noise=0.0)
-    fleets = [line for line in measured if line["models"] is not None]
-    assert plots.finding(fleets) == (
-        "64 models at once take fusemlp 20.0 us a step each,\nSKLEARN_LOOP 14.0x as long, JAX_VMAP 1.4x as long"
-    )
-    assert plots.draw(measured, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    assert plots.draw(measured[: -len(fleets)], tmp_path / "none.png") is None
-
-
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_pages_agree_with_the_committed_results(page):
     text = page.read_text(encoding="utf-8")
@@ -184,15 +174,6 @@ def test_the_pages_are_written_from_other_results(tmp_path, monkeypatch, capsys)
     other.write_text(text.replace("784-10-10, 32", "784-10-10, 31"))
     assert readme.main(["--check"]) == 1
     assert readme.main([str(ROOT / "README.md")]) == 2
-
-
-@pytest.mark.parametrize(
-    ("mark", "problem"),
-    [("cases=1-1@1", "the results have no 1-1@1"), ("rows=1", "expected brief, cases=NAME"), ("peers=", "have no")],
-)
-def test_a_mark_with_an_impossible_filter_is_refused(mark, problem):
-    with pytest.raises(ValueError, match=problem):
-        readme.chosen(lines(0), mark)
 
 
 def test_a_brief_table_holds_medians(tmp_path):

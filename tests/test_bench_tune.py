@@ -13,9 +13,7 @@ import torch
 from bench import tune
 from bench.cases import Case
 from bench.report import write
-from fusemlp_kernels.registry import TRAITS
-from fusemlp_kernels.triton import backend, configs
-from fusemlp_kernels.triton.launch import TritonDevice
+from fusemlp_kernels.triton import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 TILES = [
@@ -50,33 +48,6 @@ def test_candidates_are_of_the_size_of_the_present_tile(place):
     assert {tile.rows * tile.columns for tile in found} == {present.rows * present.columns}
     for tile in found[1:]:
         assert tile.columns % tile.parts == 0 and tile.depth >= 16
-
-
-@pytest.mark.parametrize("product", tune.PRODUCTS)
-@pytest.mark.parametrize(("kind", "precision"), tune.PRECISIONS.items())
-def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatch):
-    seen = []
-
-    class Noted(TritonDevice):
-        def launch(self, kernel, programs, arguments, constants, tile):
-            seen.append((kernel.fn.__name__, tile))
-            return lambda: None
-
-    arch = configs.Architecture("sm_90", 2)
-    device = Noted(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
-    monkeypatch.setattr(backend, "open_device", lambda *_: device)
-    made = backend.TritonBackend(TRAITS["triton"], None, precision)
-    tile = configs.Tile(32, 64, 32, 4, 2, 1)
-    before = tune.table_text(configs.TABLES)
-    given = tune.operands(made, product, [(64, 64, 32), (64, 128, 64)])
-    runs = tune.calls(made, product, precision, tile, given, "sm_90")
-    name = "linear_kernel" if product == "forward" else "grad_weight_kernel"
-    assert len(runs) == 2 and seen == [(name, tile)] * 2
-    assert tune.table_text(configs.TABLES) == before
-    variants = list(tune.kernels_of(product, precision, tile, "sm_90"))
-    expected = {"linear", "grad_input"} if product == "forward" else {"grad_weight"}
-    assert {variant.kernel for variant in variants} == expected
-    assert {variant.tile for variant in variants} == {tile}
 
 
 @pytest.mark.parametrize("processors", [2, 132])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import compile_cuda
 import pytest
-from cuda_on_cpu.library import HERE
 
 from fusemlp_kernels.cupy import sources
 
@@ -34,18 +33,6 @@ SPILL = """extern "C" __global__ void __launch_bounds__(1024) spill(double* x) {
 }"""
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the wheel of NVRTC is in the test extra on Linux")
-
-
-@linux
-@pytest.mark.parametrize("arch", ["sm_75", "sm_100"])
-def test_kernels_compile_to_machine_code_without_a_gpu(arch):
-    cubin, log = compile_cuda.compile_source((HERE / "examples.cu").read_text(), ["-std=c++17"], arch)
-    assert cubin.startswith(b"\x7fELF")
-    found = compile_cuda.resources(log)
-    assert set(found) == {"row_sums", "softmax", "keep"}
-    # four parts in double for a warp each, and whether a block is the last
-    assert 33 <= found["row_sums"]["shared_static"] < 2048 and 0 < found["keep"]["registers"] < 64
-    assert all(taken["stack"] == taken["spills"] == 0 for taken in found.values())
 
 
 @linux
