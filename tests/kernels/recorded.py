@@ -103,5 +103,6 @@ def different(target, precision):
 
 
 if __name__ == "__main__":
-    for line in dict.fromkeys(line for precision in PRECISIONS for line in different(sys.argv[1], precision)):
+    asked = [(target, precision) for target in sys.argv[1:] for precision in PRECISIONS]
+    for line in dict.fromkeys(line for each in asked for line in different(*each)):
         print(line)

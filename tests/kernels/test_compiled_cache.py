@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numba
+import pytest
 
 import fusemlp_kernels
 from fusemlp_kernels.numpy.compiled import compiler
@@ -57,29 +58,36 @@ def copied(to):
     return to
 
 
-def test_loops_of_two_processes_do_not_run_each_others_functions(tmp_path):
-    plain, weighted = losses(tmp_path, "plain"), losses(tmp_path, "weighted")
-    assert plain != weighted
-    assert losses(tmp_path, "plain", "weighted") == plain + weighted
-    assert losses(tmp_path, "weighted", "plain") == weighted + plain
-
-
-def test_processes_that_compile_at_once_and_another_environment_share_a_cache(tmp_path):
-    both = [begin(tmp_path / "cache", "plain") for _ in range(2)]
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A cache that two processes have filled at once, and the losses of their plain fits, which are the same."""
+    cache = tmp_path_factory.mktemp("cache")
+    both = [begin(cache, "plain") for _ in range(2)]
     (first, told), (second, _) = map(end, both)
-    assert first == second
-    assert "compiling work, once for this processor" in told
-    third, told = end(begin(tmp_path / "cache", "plain", package=copied(tmp_path / "other")))
-    assert third == first
-    assert "compiling" not in told
+    assert first == second and "compiling work, once for this processor" in told
+    return cache, first
 
 
-def test_without_a_folder_to_write_to_each_process_compiles(tmp_path):
+def test_loops_of_two_processes_do_not_run_each_others_functions(plain):
+    cache, losses_of_plain = plain
+    weighted = losses(cache, "weighted")
+    assert losses_of_plain != weighted
+    assert losses(cache, "plain", "weighted") == losses_of_plain + weighted
+    assert losses(cache, "weighted", "plain") == weighted + losses_of_plain
+
+
+def test_another_environment_shares_the_cache(plain, tmp_path):
+    cache, expected = plain
+    found, told = end(begin(cache, "plain", package=copied(tmp_path)))
+    assert found == expected and "compiling" not in told
+
+
+def test_without_a_folder_to_write_to_each_process_compiles(plain, tmp_path):
     (tmp_path / "file").touch()
     package = copied(tmp_path / "other")
     (package / "fusemlp_kernels" / "numpy" / "compiled" / "__pycache__").touch()
     found, told = end(begin(tmp_path / "file", "plain", package=package))
-    assert found == losses(tmp_path / "cache", "plain")
+    assert found == plain[1]
     assert f"what numba compiles is not kept in {tmp_path / 'file'}" in told
 
 
