@@ -12,7 +12,7 @@ import numpy as np
 import fusemlp
 from fusemlp_kernels.coding import Coding, Column
 
-STEPS = 50
+STEPS = 20
 
 
 @dataclass(frozen=True)

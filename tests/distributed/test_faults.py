@@ -20,9 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSI
 # Others may be named too: those that wait for one which has named the victim and ended.
 GONE = r"distributed: ranks? (\d, )*{}(, \d)* of {} ended or did not answer within 6 s"
 STORE = r"distributed: rank 0, which keeps the ranks' common store, ended or does not answer"
-KILLS, STOPS = 20, 2
-# Worlds that run at a time.
-AT_ONCE = 11
+# seeds: a stopped rank is never rank 0, which keeps the ranks' common store
+KILLS, STOPS = range(10), (20,)
 
 
 @dataclass
@@ -50,11 +49,11 @@ def fault(seed):
     """Return the fault of a seed."""
     drawn = random.Random(seed)
     world = drawn.choice((2, 2, 4))
-    ending = signal.SIGKILL if seed < KILLS else signal.SIGSTOP
+    ending = signal.SIGSTOP if seed in STOPS else signal.SIGKILL
     return Fault(seed, ending, world, drawn.randrange(world), drawn.uniform(0.0, 0.6))
 
 
-FAULTS = [fault(seed) for seed in range(KILLS + STOPS)]
+FAULTS = [fault(seed) for seed in (*KILLS, *STOPS)]
 
 
 def end(fault, ranks):
@@ -73,19 +72,16 @@ def end(fault, ranks):
 def digests(tmp_path_factory):
     """The digests after some epochs of each resumed run, and of all epochs of one that was not cut off."""
     folder = tmp_path_factory.mktemp("faults")
-    for first in range(0, len(FAULTS), AT_ONCE):
-        together = FAULTS[first : first + AT_ONCE]
-        started = []
-        for one in together:
+    started = []
+    try:
+        for one in FAULTS:
             own = folder / str(one)
-            given = own, one.ending, one.victim, one.delay
-            started.append(worlds.start(one.world, own, cut_off, *given))
-        try:
-            for one, ranks in zip(together, started, strict=True):
-                end(one, ranks)
-        finally:
-            for rank in [rank for ranks in started for rank in ranks]:
-                rank.process.kill()
+            started.append(worlds.start(one.world, own, cut_off, own, one.ending, one.victim, one.delay))
+        for one, ranks in zip(FAULTS, started, strict=True):
+            end(one, ranks)
+    finally:
+        for rank in [rank for ranks in started for rank in ranks]:
+            rank.process.kill()
     found = {}
     for world in (1, 2, 4):
         runs = [str(one) for one in FAULTS if one.resumes_in == world]
