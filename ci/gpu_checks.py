@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 REHEARSED = os.environ.get("FUSEMLP_REHEARSE") == "1"
 FITTED = "12-9-4@8" if REHEARSED else "61-96-40-10@32"
 PROFILED = "12-9-4@8" if REHEARSED else "784-512-256-10@128"
-EPOCHS = 1 if REHEARSED else 2
+EPOCHS, STEPS = (1, 3) if REHEARSED else (2, 10)
 MOST_LINES = 12
 
 
@@ -97,7 +97,7 @@ def fuse() -> dict[str, Any]:
     optimizer, eager = (torch.optim.Adam(one.parameters(), lr=1e-2) for one in (module, twin))
     step = fusemlp.torch.fuse(module, loss_fn, optimizer, backend="triton")
     worst = 0.0
-    for _ in range(10):
+    for _ in range(STEPS):
         x, y = torch.randn(32, 16, device=device), torch.randint(4, (32,), device=device)
         eager.zero_grad()
         expected = loss_fn(twin(x), y)
@@ -169,4 +169,8 @@ if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
     if REHEARSED and "cupy" in arguments:
         rehearse_cupy()
+    elif REHEARSED:
+        import quick_interpreter
+
+        quick_interpreter.quicken()
     print(f"figures: {json.dumps(CHECKS[name](*arguments))}")
