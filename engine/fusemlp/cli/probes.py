@@ -172,7 +172,7 @@ def lr_find(options: FindOptions) -> None:
     ]
     content: dict[str, Any] = {"suggested": search.suggestion, "rates": search.rates, "losses": search.losses}
     content |= {"plot": None, "notes": list(prepared.notes)}
-    title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
+    title = f"{prepared.dataset.name}: {engine.network.title}, {engine.optimizer.kind}"
     drawn = partial(sweep_figure, search.rates, search.losses, search.suggestion, literal(title))
     show_with_picture(options.plot, drawn, content, lines, as_json=options.as_json)
 

@@ -42,8 +42,7 @@ def describe_training(session: Session) -> str:
         several = f"{prepared.models} models{shared} of "
     lines = [
         describe_data(prepared),
-        f"{several}{'-'.join(map(str, net.sizes))}, {f'{net.members} members, ' if net.members > 1 else ''}"
-        f"{net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{several}{net.title}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
         f"{f', {engine.sharding}' if engine.sharding else ''}",
@@ -137,12 +136,12 @@ def write_page(
     """Write ``report.html`` of an engine with its report, and with the predictions of its test rows, if any."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     target = prepared.dataset.target_name
-    sizes = "-".join(map(str, net.sizes))
+    network = net.title
     if report.get("models") and not report.get("diverged"):
-        sizes = f"{len(report['models'])} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
+        network = f"{len(report['models'])} models of {prepared.network.title}, merged"
     lines = [
         f"{prepared.training_rows}, {counted(about['test_rows'], 'test row')} ({about['test']}); target {target}",
-        f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{network}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, batch {engine.batch_size}; {counted(epochs, 'epoch')}"
         + (f" in {report['seconds']:.1f} s" if "seconds" in report else ""),
         read_json(run.config)["command"],
@@ -218,9 +217,7 @@ def finish(
         scores = report.get("test", {})
         figure = next((name for name in ("accuracy", "rmse") if name in scores), None)
         result = f", test {figure} {scores[figure]:.4g}" if figure else ""
-        sizes = "-".join(map(str, engine.network.sizes))
-        if trained.models:
-            sizes = f"mean of {len(trained.models)} models of {'-'.join(map(str, prepared.network.sizes))}"
+        several = f"mean of {len(trained.models)} models of " if trained.models else ""
         mean, models = joint(history.history, report)
         overfitting = next((finding for finding in report["diagnosis"] if finding["name"] == "overfitting"), None)
         drawn = partial(
@@ -228,7 +225,7 @@ def finish(
             mean,
             models=models,
             loss=engine.loss.kind,
-            title=literal(f"{prepared.dataset.name}: {sizes}{result}"),
+            title=literal(f"{prepared.dataset.name}: {several}{prepared.network.title}{result}"),
             # the models of an ensemble have a best epoch each
             best_epoch=None if trained.models else report["best_epoch"],
             overfitting=None if overfitting is None else Finding(**overfitting),

@@ -162,6 +162,18 @@ def rolled(sizes: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[int | 
     return entries
 
 
+FIELDS = ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks", "encoding")
+
+
+def _arguments(
+    *, sizes: Any, blocks: Any, activations: Any, dropouts: Any, norms: Any, **others: Any
+) -> dict[str, Any]:
+    """Return the arguments of the constructor that make a network with these fields."""
+    *hidden, output = activations
+    layers = {"activation": hidden, "output_activation": output, "dropout": dropouts[:-1], "norm": norms[:-1] or None}
+    return {"sizes": rolled(sizes, blocks), **layers, **others}
+
+
 def layer_of(name: str) -> int:
     """Return the layer of a parameter by its name in ``state_dict``."""
     return int(name.partition(".")[0].removesuffix(NORM)) // 2
@@ -303,17 +315,8 @@ class MLP(Description):
 
     def but(self, **changes: Any) -> MLP:
         """Return the network with other arguments of the constructor."""
-        arguments = {
-            "sizes": rolled(self.sizes, self.blocks),
-            "activation": self.activations[:-1],
-            "output_activation": self.activations[-1],
-            "dropout": self.dropouts[:-1],
-            "init": self.init,
-            "members": self.members,
-            "norm": self.norms[:-1] or None,
-            "encoding": self.encoding,
-        }
-        return MLP(**{**arguments, **changes})
+        fields = {name: getattr(self, name) for name in FIELDS}
+        return MLP(**{**_arguments(**fields), **changes})
 
     def blocks_of(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return the residual blocks of the layers from ``start`` to before ``stop``, counted from there.
@@ -345,6 +348,13 @@ class MLP(Description):
     def without_encoding(self) -> MLP:
         """The network that takes the encoded inputs."""
         return self if self.encoding is None else self.but(sizes=rolled(self.widths, self.blocks), encoding=None)
+
+    @property
+    def title(self) -> str:
+        """The widths, members and encoding as text: 784-128-10, 16 members."""
+        members = [f"{self.members} members"] if "members" in self.uses else []
+        encoding = [] if self.encoding is None else [repr(self.encoding)]
+        return ", ".join(["-".join(map(str, self.sizes)), *members, *encoding])
 
     @property
     def layers(self) -> int:
@@ -421,20 +431,14 @@ class MLP(Description):
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
         """Return the network of a description from ``to_config``."""
         config = {**ABSENT, **config}
-        names = ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks", "encoding")
-        check_keys("network", config, names)
+        check_keys("network", config, FIELDS)
         encoding = config["encoding"]
-        *hidden, output = (activation_from_config(one) for one in config["activations"])
-        net = cls(
-            rolled(config["sizes"], config["blocks"]),
-            activation=hidden,
-            output_activation=output,
-            dropout=config["dropouts"][:-1],
-            init=config["init"],
-            members=config["members"],
-            norm=[norm_from_config(norm) for norm in config["norms"][:-1]] or None,
-            encoding=None if encoding is None else from_config("encoding", ENCODINGS, encoding),
-        )
+        parts = {
+            "activations": [activation_from_config(part) for part in config["activations"]],
+            "norms": [norm_from_config(norm) for norm in config["norms"]],
+            "encoding": None if encoding is None else from_config("encoding", ENCODINGS, encoding),
+        }
+        net = cls(**_arguments(**{**config, **parts}))
         if config["norms"] and len(config["norms"]) != net.layers:
             raise ArgumentError(f"norms: expected {net.layers}, one a layer, or none, got {config['norms']}")
         if list(net.sizes) != list(config["sizes"]):
@@ -541,7 +545,5 @@ def layer_lines(net: MLP) -> list[str]:
                 f"{counts[layer]:,}",
             )
         )
-    members = f", {net.members} members" if "members" in net.uses else ""
-    members += "" if net.encoding is None else f", {net.encoding!r}"
     lines = aligned(rows, left=range(len(HEADER) - 1)).split("\n")
-    return [f"MLP {'-'.join(map(str, net.sizes))}{members}", *lines, f"{net.parameter_count:,} parameters"]
+    return [f"MLP {net.title}", *lines, f"{net.parameter_count:,} parameters"]
