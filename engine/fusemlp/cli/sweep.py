@@ -18,7 +18,7 @@ from fusemlp.cli import output, session, vary
 from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
 from fusemlp.cli.report import finish, written
-from fusemlp.cli.vary import JOINED, JOURNAL, Plan, close_journal, spelled_value
+from fusemlp.cli.vary import JOINED, JOURNAL, Plan, spelled_value
 from fusemlp.describe.metrics import rises
 from fusemlp.fleet.merge import LEAST_ROWS, default_models, merged
 from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
@@ -65,6 +65,8 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         fingerprint = plan.prepared.summary["fingerprint"]
         vary.begin_journal(run, {"options": session.stored_options(options), "fingerprint": fingerprint})
     runs.append(run.path)
+    # without it there is nothing to go on with
+    journal = run.path / JOURNAL
     columns = session.column_records(plan.prepared)
     listener.say("\n".join([*session.column_lines(columns, run), vary.describe_sweep(plan)]))
     varied = {axis.name: [*map(spelled_value, axis.values)] for axis in plan.axes}
@@ -77,7 +79,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     except BaseException:
         # Remove the empty folder, so that the same command works again.
         if options.resume is None and not vary.read_journal(str(run.path))[2]:
-            close_journal(run)
+            journal.unlink(missing_ok=True)
             discard_if_empty(run, itself=is_new_folder)
         raise
     seconds = time.perf_counter() - began
@@ -87,7 +89,9 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     if list(plan.points[0]) == ["seed"]:
         # One combination, whose mean says more than its best seed.
         chosen = Combination({}, tuple(results.ranked(plan.metric)), len(plan.points))
-    kept = kept_of(plan, chosen)
+    # its best seeds are merged, or the best is kept where they cannot be
+    merges = averages(plan.points) and default_models(LEAST_ROWS, plan.fleet.candidates[chosen.sound[0].index].net) > 1
+    kept = sorted(chosen.sound[: MOST_MERGED if merges else 1], key=lambda member: member.index)
     no_plot = draw(plan, run, members, kept)
     if not options.as_json:
         if interrupted:
@@ -98,7 +102,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         print(no_plot or f"plot {run.path / PICTURE}")
     if chosen.sound[0].status == "diverged":
         if not interrupted:
-            close_journal(run)
+            journal.unlink(missing_ok=True)
         # Raises the error that names the first of all.
         results.best(plan.metric)
     about = {
@@ -112,16 +116,9 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     }
     content, lines = keep(plan, run, chosen, kept, about, started)
     if not interrupted:
-        close_journal(run)
+        journal.unlink(missing_ok=True)
     more = {"plot": None if no_plot else str(run.path / PICTURE), "columns": columns}
     return content | more, [line for line in lines if line != no_plot]
-
-
-def kept_of(plan: Plan, chosen: Combination) -> Sequence[Member]:
-    """Return the models to keep of the best combination: its best seeds, to be merged, or the best where none are."""
-    network = plan.fleet.candidates[chosen.sound[0].index].net
-    merges = averages(plan.points) and default_models(LEAST_ROWS, network) > 1
-    return sorted(chosen.sound[: MOST_MERGED if merges else 1], key=lambda member: member.index)
 
 
 def keep(

@@ -341,11 +341,6 @@ def add_to_journal(run: Run, member: Member) -> None:
         stream.write(f"{json.dumps({**line, 'history': asdict(member.history)})}\n")
 
 
-def close_journal(run: Run) -> None:
-    """Remove the file: there is nothing to go on with."""
-    (run.path / JOURNAL).unlink(missing_ok=True)
-
-
 def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
     """Return a sweep's folder, its first line, and those of its models; CheckpointError if it cannot go on."""
     run = Run(Path(folder))
