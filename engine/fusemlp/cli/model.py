@@ -22,7 +22,6 @@ from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
 from fusemlp.datasets.tables import ARROW, TABLES, excel, is_table
-from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned, counted, listed
@@ -30,7 +29,7 @@ from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics
-from fusemlp.report.evidence import certify, guarantee_lines, robust_score
+from fusemlp.report.evidence import certify, guarantee_lines, guarantees
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_graph import has_words
 from fusemlp.report.runs import Run, csv_bytes, guarded, open_run, read_json, read_training_rows, weights_path
@@ -236,8 +235,7 @@ def evaluate(options: EvaluateOptions) -> None:
         engine.network.check_single("attack", "an attack")
     how = descriptions.attack(options, preprocessor, X, features, "attack")
     report, _ = metrics.score(engine, preprocessor, X, labels, weight)
-    if isinstance(how, Attack):
-        report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
+    report |= guarantees(engine, preprocessor, how, X, features, labels, weight)
     if options.certify is not None:
         report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
     lines = [*notes, *metrics.headline(report), *guarantee_lines(report)]

@@ -295,7 +295,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
 
     listeners = training.Listeners(callbacks, tell, record, listener.say, fits_all)
 
-    fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
+    fewer = "--preset plain" if options.preset == "tabm" else "--models 1" if prepared.models > 1 else ""
     shorter = output.shorter(options, session.epochs, fewer, validates=prepared.validates)
     # a time limit is known without a forecast
     epochs = 0 if options.time_limit else prepared.models * session.epochs - session.engine.epochs_trained

@@ -15,7 +15,6 @@ import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.metrics import METRICS, Judged
@@ -222,13 +221,18 @@ class Evidence:
         return "" if value != value else plain(value) if words is None else words[int(value)]
 
 
-def robust_score(
-    engine: Any, preprocessor: Preprocessor, X: Array, labels: Array, how: Attack, weight: Any = None
+def guarantees(
+    engine: Any, preprocessor: Preprocessor, how: Any, X: Array, cells: Array, labels: Array, weight: Any = None
 ) -> dict[str, Any]:
-    """Return the attack, and loss and accuracy (of numbers the rmse) under it; arguments as of ``metrics.score``."""
+    """Return the entries of a report on rows X: "robust", an attack with loss and accuracy (of numbers the rmse) under
+    it, or of interval bounds "certified", by the ``cells`` as in the data; none without either."""
+    if how is None:
+        return {}
+    if how.plain is None:
+        return {"certified": certify(engine, preprocessor, cells, labels, how.eps)}
     changed = attack(engine, X, preprocessor.encode_targets(labels), how)
     scores, _ = score(engine, preprocessor, changed, labels, weight)
-    return {"attack": how.to_config(), **{name: scores[name] for name in FIGURES if name in scores}}
+    return {"robust": {"attack": how.to_config(), **{name: scores[name] for name in FIGURES if name in scores}}}
 
 
 def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) -> tuple[Array, Array]:

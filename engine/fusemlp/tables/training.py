@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.describe.adversarial import IBP, as_adversary
+from fusemlp.describe.adversarial import as_adversary
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, Metric, metrics_for
@@ -18,7 +18,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member, scores_of
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.evidence import certify, robust_score
+from fusemlp.report.evidence import guarantees
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, Temperature, judged, scale_logits, summary
 from fusemlp.tables import defaults, descriptions, transfer
@@ -380,12 +380,9 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
     preprocessor, test, tested = prepared.preprocessor, prepared.test, None
     if test is not None:
         report["test"], tested = score(engine, preprocessor, test.X, test.labels, test.weight)
-        attack = prepared.attack(test.X)
-        if isinstance(attack, IBP):
-            cells, labels, rows = prepared.test_rows
-            report["certified"] = certify(engine, preprocessor, cells[rows], labels[rows], attack.eps)
-        elif attack is not None:
-            report["robust"] = robust_score(engine, preprocessor, test.X, test.labels, attack, test.weight)
+        cells, _, rows = prepared.test_rows
+        how = prepared.attack(test.X)
+        report |= guarantees(engine, preprocessor, how, test.X, cells[rows], test.labels, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(preprocessor.classes or ())))
         weights = prepared.recipe.class_weight
         balanced = isinstance(weights, str) and weights == "balanced"
