@@ -110,10 +110,23 @@ def words(**options: Any) -> list[Any]:
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Return what ``fusemlp`` writes to stderr as it refuses these arguments."""
-    assert run(*arguments) == 2
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+    """Return what ``fusemlp`` writes to stderr as it refuses these arguments, or with the code 1 fails."""
+    assert run(*arguments) == code
     return capsys.readouterr().err
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return what ``fusemlp`` prints on stdout with these arguments."""
+    assert run(*arguments) == 0
+    return capsys.readouterr().out
+
+
+def result_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    """Return the last line of JSON that ``fusemlp`` prints with these arguments and --json."""
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def trained(folder: Path, *options: str | Path, target: str = "price", **columns: Any) -> Path:

@@ -16,7 +16,7 @@ import fusemlp
 from fusemlp.report.onnx_graph import OPSET
 from fusemlp.report.runs import FORMAT
 from fusemlp.runtime.files import CHECKPOINT, MODEL
-from make import read, run, trained
+from make import output_of, read, result_of, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,11 +99,9 @@ def test_what_a_release_lacks_is_named(checkout, change, message):
 def test_doctor_and_reports_name_the_commit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fusemlp.cli.probes.commit", lambda: "0123456789ab")
     monkeypatch.setattr("fusemlp.cli.report.commit", lambda: "0123456789ab")
-    assert run("doctor", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = result_of(capsys, "doctor")
     assert (report["fusemlp"], report["commit"]) == (fusemlp.__version__, "0123456789ab")
-    assert run("doctor") == 0
-    assert f"fusemlp {fusemlp.__version__}, commit 0123456789ab, Python" in capsys.readouterr().out
+    assert f"fusemlp {fusemlp.__version__}, commit 0123456789ab, Python" in output_of(capsys, "doctor")
     folder = trained(tmp_path, "--epochs", "1", "--models", "1", "--hidden", "4", "--quiet")
     assert read(folder / "report.json")["commit"] == "0123456789ab"
 

@@ -1,7 +1,5 @@
 """``fusemlp export``: its files predict the same from raw features as ``fusemlp predict``."""
 
-import json
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,7 +10,7 @@ from safetensors import safe_open
 
 import fusemlp
 from fusemlp.datasets.preprocessing import Preprocessor
-from make import refusal, run, trained
+from make import output_of, refusal, result_of, run, trained
 
 # Two numbers and, with the word, three features.
 NUMBERS = ("--drop", "day", "--drop", "word", "--epochs", "10", "--lr", "0.02", "--quiet")
@@ -45,9 +43,9 @@ def test_labels_from_raw_features(species, tmp_path, capsys):
     assert said["prediction"].tolist() == labels.tolist()
     np.testing.assert_allclose(said["probabilities"], probabilities, atol=1e-5)
     assert "--force" in refusal(capsys, "export", species, "--onnx", path)
-    assert run("export", species, "--onnx", path, "--force", "--weights", "best", "--json") == 0
     printed = {"run": str(species), "weights": "best", "onnx": str(path), "safetensors": None}
-    assert json.loads(capsys.readouterr().out) == {**printed, "onnx_input": "features"}
+    found = result_of(capsys, "export", species, "--onnx", path, "--force", "--weights", "best")
+    assert found == {**printed, "onnx_input": "features"}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +69,7 @@ def test_values_in_original_units_from_raw_features(options, tmp_path):
 
 def test_both_files_and_what_they_take(species, tmp_path, capsys):
     files = ("--onnx", tmp_path / "m.onnx", "--safetensors", tmp_path / "m.safetensors")
-    assert run("export", species, *files, "--bare") == 0
-    shown = capsys.readouterr().out.splitlines()
+    shown = output_of(capsys, "export", species, *files, "--bare").splitlines()
     takes = (
         "  takes 2 columns as the run scales them (robust), gives class indices; its metadata entry 'preprocessor' "
         "has the scaling"
@@ -106,9 +103,8 @@ def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
     said = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(["prediction", "probabilities"], given)
     assert said[0].tolist() == labels.tolist()
     np.testing.assert_allclose(said[1], probabilities, atol=1e-5)
-    capsys.readouterr()
-    assert run("export", folder, "--onnx", tmp_path / "m.onnx", "--force", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["onnx_input"] == "one input a feature"
+    found = result_of(capsys, "export", folder, "--onnx", tmp_path / "m.onnx", "--force")
+    assert found["onnx_input"] == "one input a feature"
     assert run("export", folder, "--onnx", tmp_path / "bare.onnx", "--bare") == 0
     assert graph_outputs(tmp_path / "bare.onnx", np.zeros((3, 5)))["probabilities"].shape == (3, 3)
 
@@ -137,5 +133,4 @@ def test_a_wrong_call_says_what_is_wrong(arguments, code, words, species, tmp_pa
 
 
 def test_what_is_no_run(tmp_path, capsys):
-    assert run("export", tmp_path, "--onnx", tmp_path / "m.onnx") == 1
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is not a run folder" in refusal(capsys, "export", tmp_path, "--onnx", tmp_path / "m.onnx", code=1)

@@ -1,6 +1,5 @@
 """Options that train and the table estimators share: the same rows give the same model by both doors."""
 
-import json
 import re
 import shutil
 
@@ -15,7 +14,7 @@ from sklearn.model_selection import cross_val_score, train_test_split
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
-from make import read, refusal, run, words
+from make import output_of, read, refusal, result_of, run, words
 
 ESTIMATORS = {"classification": TableClassifier, "regression": TableRegressor}
 OPTIONS = {"hidden": 8, "epochs": 4, "models": 1, "scale": "robust", "backend": "numpy"}
@@ -162,8 +161,7 @@ def test_scores_of_several_targets_are_those_of_the_rows_that_have_them(tmp_path
     assert run("predict", made, "--data", tmp_path / "a.csv", "--out", tmp_path / "p.csv", "--interval", "0.8") == 0
     columns = [f"{kind}_{name}" for kind in ("prediction", "low", "high") for name in ("price", "rent")]
     assert list(pandas.read_csv(tmp_path / "p.csv")) == columns
-    assert run("explain", made, "--method", "integrated", "--class", "rent") == 0
-    assert "of target rent" in capsys.readouterr().out
+    assert "of target rent" in output_of(capsys, "explain", made, "--method", "integrated", "--class", "rent")
     assert run("explain", made, "--method", "integrated") == 2
     assert "--class: the run has 2 targets; give one: --class price" in capsys.readouterr().err
     assert run("export", made, "--onnx", tmp_path / "a.onnx") == 0
@@ -180,9 +178,7 @@ def test_a_model_of_whole_targets_is_evaluated_on_rows_with_gaps(loss, tmp_path,
     by_command(tmp_path, whole, "price,rent", "regression", **OPTIONS, loss=loss)
     model = TableRegressor.from_run(tmp_path / "run")
     gaps.dropna(how="all", subset=["price", "rent"]).to_csv(tmp_path / "gaps.csv", index=False)
-    capsys.readouterr()
-    assert run("evaluate", tmp_path / "run", "--data", tmp_path / "gaps.csv", "--json") == 0
-    scores = json.loads(capsys.readouterr().out)
+    scores = result_of(capsys, "evaluate", tmp_path / "run", "--data", tmp_path / "gaps.csv")
     unit, truth = np.array(model.preprocessor_.target_scale), gaps[["price", "rent"]].to_numpy()
     losses = ((model.predict(whole) - truth) / unit) ** 2
     if loss == "gaussian":

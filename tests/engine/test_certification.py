@@ -1,7 +1,5 @@
 """Certified scores of runs: the cells that move, how far, and what no such change does to a prediction."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,7 @@ from fusemlp.datasets.rows import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.evidence import certify, reach
 from fusemlp.report.metrics import predictions
-from make import engine, frame, read, run
+from make import engine, frame, output_of, read, refusal, result_of, run
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +92,11 @@ def test_the_command_says_what_is_certified(tables, tmp_path, capsys):
     capsys.readouterr()
     shares = []
     for eps in ("0", "0.05", "0.1"):
-        assert run("evaluate", folder, "--certify", eps, "--json") == 0
-        report = json.loads(capsys.readouterr().out)
+        report = result_of(capsys, "evaluate", folder, "--certify", eps)
         assert report["certified"]["eps"] == float(eps)
         shares.append(report["certified"]["accuracy"])
     assert report["accuracy"] == shares[0] >= shares[1] >= shares[2]
-    assert run("evaluate", folder, "--data", path, "--certify", "0.05") == 0
-    assert "test certified accuracy 0." in capsys.readouterr().out
+    assert "test certified accuracy 0." in output_of(capsys, "evaluate", folder, "--data", path, "--certify", "0.05")
     assert run("evaluate", folder, "--certify", "-1") == 2
     assert "--certify: expected a finite number of at least 0, got -1.0" in capsys.readouterr().err
 
@@ -112,9 +108,7 @@ def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
         folder = tmp_path / name
         given = ("--scale", "minmax", "--hidden", "48", "--epochs", "20", "--early-stopping", "0", "--quiet")
         assert run("train", "digits", *given, *options, "--out", folder) == 0
-        capsys.readouterr()
-        assert run("evaluate", folder, "--attack", "pgd", "--eps", "0.05", "--certify", "0.05", "--json") == 0
-        report = json.loads(capsys.readouterr().out)
+        report = result_of(capsys, "evaluate", folder, "--attack", "pgd", "--eps", "0.05", "--certify", "0.05")
         assert report["certified"]["accuracy"] <= report["robust"]["accuracy"] <= report["accuracy"]
         shares.append(report["certified"])
     assert shares[0]["accuracy"] < 0.2
@@ -125,8 +119,7 @@ def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
         (("--activation", "gelu"), "--adversarial: IBP takes activations that rise everywhere"),
         (("--attack-steps", "3"), "--attack-steps: only pgd has it, and the attack is ibp"),
     ):
-        assert run("train", "digits", *how, *options, "--out", tmp_path / "none") == 2
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, "train", "digits", *how, *options, "--out", tmp_path / "none")
         assert not (tmp_path / "none").exists()
     assert run("evaluate", folder, "--attack", "ibp", "--eps", "0.05") == 2
 
@@ -136,5 +129,4 @@ def test_a_network_narrower_than_its_classes_is_certified(tmp_path, capsys):
     options = ["--hidden", "2", "--adversarial", "ibp", "--attack-eps", "0.05", "--epochs", "2"]
     assert run("train", "iris", *options, "--quiet", "--out", folder) == 0
     trained = read(folder / "report.json")["certified"]
-    assert run("evaluate", folder, "--certify", "0.05", "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["certified"]["accuracy"] == trained["accuracy"]
+    assert result_of(capsys, "evaluate", folder, "--certify", "0.05")["certified"]["accuracy"] == trained["accuracy"]

@@ -8,7 +8,7 @@ import pytest
 
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
-from make import read, run
+from make import output_of, read, refusal, result_of, run
 
 NAMES = ["daisy", "rose", "tulip"]
 
@@ -32,12 +32,6 @@ def flowers(path, count, *, with_label=True, seed=0):
     return path
 
 
-def evaluated(capsys, *arguments):
-    capsys.readouterr()
-    assert run("evaluate", *arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def predicted(path, *arguments):
     """Return the table that ``fusemlp predict`` writes."""
     assert run("predict", *arguments, "--out", path) == 0
@@ -52,16 +46,15 @@ def species(tmp_path_factory):
 
 
 def test_evaluate_repeats_the_test_of_the_training_and_takes_other_rows(species, tmp_path, capsys):
-    answer, report = evaluated(capsys, species), read(species / "report.json")
+    answer, report = result_of(capsys, "evaluate", species), read(species / "report.json")
     assert {name: answer[name] for name in report["test"]} == report["test"]
     assert list(answer["classes"]) == NAMES
-    answer = evaluated(capsys, species, "--data", flowers(tmp_path / "other.csv", 40, seed=1))
+    answer = result_of(capsys, "evaluate", species, "--data", flowers(tmp_path / "other.csv", 40, seed=1))
     assert (answer["rows"], answer["accuracy"]) == (40, 1.0)
 
 
 def test_evaluate_prints_the_figures_of_each_class(species, capsys):
-    assert run("evaluate", species) == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "evaluate", species)
     assert "test accuracy 1.0000" in shown and "true \\ predicted" in shown
     assert [line.split()[0] for line in shown.splitlines() if line.startswith(tuple(NAMES))] == NAMES * 2
 
@@ -82,11 +75,9 @@ def test_predict_never_overwrites_unless_told(species, tmp_path, capsys):
     bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
     out = tmp_path / "out.csv"
     out.write_text("precious")
-    assert run("predict", species, "--data", bare, "--out", out) == 2
-    assert "--force to overwrite" in capsys.readouterr().err
+    assert "--force to overwrite" in refusal(capsys, "predict", species, "--data", bare, "--out", out)
     assert out.read_text() == "precious"
-    assert run("predict", species, "--data", bare, "--out", out, "--force", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 5
+    assert result_of(capsys, "predict", species, "--data", bare, "--out", out, "--force")["rows"] == 5
     assert len(pandas.read_csv(out)) == 5
 
 
@@ -97,7 +88,7 @@ def test_values_come_back_in_original_units(tmp_path, capsys):
     data = tmp_path / "data.npz"
     np.savez(data, X=X, y=y)
     folder = trained(tmp_path / "run", data, "--epochs", "40", "--lr", "0.01")
-    answer = evaluated(capsys, folder)
+    answer = result_of(capsys, "evaluate", folder)
     assert answer["r2"] > 0.95
     assert 0 < answer["mae"] <= answer["rmse"] < 200.0
     answers = predicted(tmp_path / "out.csv", folder, "--data", data)
@@ -129,7 +120,7 @@ TWO_CLASSES = {
 @pytest.mark.parametrize("options", TWO_CLASSES.values(), ids=TWO_CLASSES.keys())
 def test_two_classes(options, tmp_path, capsys):
     folder = trained(tmp_path / "run", "breast_cancer", "--epochs", "20", *options)
-    answer = evaluated(capsys, folder)
+    answer = result_of(capsys, "evaluate", folder)
     assert answer["accuracy"] > 0.9
     assert answer["confusion_matrix"] == read(folder / "report.json")["test"]["confusion_matrix"]
     outputs = read(folder / "config.json")["network"]["sizes"][-1]
@@ -178,8 +169,7 @@ def test_changed_data_are_no_test_rows_any_more(tmp_path, capsys):
     table = flowers(tmp_path / "flowers.csv", 60)
     folder = trained(tmp_path / "run", table, "--target", "species", "--epochs", "1")
     flowers(table, 60, seed=9)
-    assert run("evaluate", folder) == 1
-    assert "have changed since the training" in capsys.readouterr().err
+    assert "have changed since the training" in refusal(capsys, "evaluate", folder, code=1)
 
 
 def test_the_test_set_that_comes_with_the_data(tmp_path, capsys):

@@ -8,7 +8,7 @@ from fusemlp import FGSM, PGD, load_checkpoint
 from fusemlp.cli.model import own_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.runs import Run
-from make import frame, read, refusal, run
+from make import frame, output_of, read, refusal, result_of, run
 
 SHORT = ("--hidden", "32", "--epochs", "12", "--quiet")
 DIGITS = ("train", "digits", "--hidden", "32", "--quiet", "--scale")
@@ -23,22 +23,15 @@ def digits(tmp_path_factory):
     return {name: folder / name for name in ("plain", "robust")}
 
 
-def scores(capsys, *arguments):
-    capsys.readouterr()
-    assert run("evaluate", *arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_training_on_attacks_is_told_and_makes_the_run_robust(digits, capsys):
     attack = ("--attack", "pgd", "--eps", "0.1")
-    plain, robust = (scores(capsys, digits[name], *attack) for name in ("plain", "robust"))
+    plain, robust = (result_of(capsys, "evaluate", digits[name], *attack) for name in ("plain", "robust"))
     assert plain["robust"]["accuracy"] + 0.1 < robust["robust"]["accuracy"] < robust["accuracy"]
     assert robust["robust"]["attack"] == PGD(0.1).to_config()
     report = read(digits["robust"] / "report.json")
     assert report["robust"]["attack"]["steps"] == 4 and 0.3 < report["robust"]["accuracy"] < report["test"]["accuracy"]
     assert "robust" not in read(digits["plain"] / "report.json")
-    assert run("evaluate", digits["robust"], "--attack", "fgsm", "--attack-eps", "0.05") == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "evaluate", digits["robust"], "--attack", "fgsm", "--attack-eps", "0.05")
     assert "under attack by fgsm, eps 0.05:" in shown and "robust accuracy" in shown
     assert "under attack by pgd" in (digits["robust"] / "report.html").read_text(encoding="utf-8")
 
@@ -50,7 +43,8 @@ def test_scores_are_those_of_the_engine(digits, capsys):
     engine = load_checkpoint(Run(run_folder).checkpoint("model"))
     y = made.encode_targets(test.labels)
     moved = engine.attack(test.X, y, PGD(0.5, steps=3, norm=2))
-    found = scores(capsys, run_folder, "--attack", "pgd", "--eps", "0.5", "--attack-steps", "3", "--attack-norm", "2")
+    how = ("--attack", "pgd", "--eps", "0.5", "--attack-steps", "3", "--attack-norm", "2")
+    found = result_of(capsys, "evaluate", run_folder, *how)
     assert found["robust"]["accuracy"] == engine.evaluate(moved, y)["accuracy"]
 
 
@@ -77,7 +71,7 @@ def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_plac
 
 def test_pixels_without_a_scale_stay_pixels(tmp_path, capsys):
     assert run(*DIGITS, "none", "--epochs", "1", "--out", tmp_path / "run") == 0
-    found = scores(capsys, tmp_path / "run", "--attack", "fgsm", "--eps", "2")
+    found = result_of(capsys, "evaluate", tmp_path / "run", "--attack", "fgsm", "--eps", "2")
     assert found["robust"]["attack"] == FGSM(2.0, bounds=(0.0, 16.0)).to_config()
 
 
@@ -85,7 +79,7 @@ def test_numbers_are_attacked_too(tmp_path, capsys):
     frame()[["a", "b", "price"]].to_csv(tmp_path / "prices.csv", index=False)
     options = ("--target", "price", "--adversarial", "pgd", "--attack-eps", "0.2", "--scale", "standard", *SHORT)
     assert run("train", tmp_path / "prices.csv", *options, "--out", tmp_path / "run") == 0
-    found = scores(capsys, tmp_path / "run", "--attack", "pgd", "--eps", "0.2")
+    found = result_of(capsys, "evaluate", tmp_path / "run", "--attack", "pgd", "--eps", "0.2")
     assert found["robust"]["rmse"] > found["rmse"] and found["robust"]["attack"]["bounds"] is None
 
 

@@ -10,7 +10,7 @@ import pytest
 from fusemlp.cli.session import MOST_PRINTED
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp_kernels.errors import ArgumentError, DataError
-from make import read, refusal, rows, run
+from make import output_of, read, refusal, result_of, rows, run
 
 # The columns of `people`, what they become, and their inputs with a split of seed 0.
 PEOPLE = {
@@ -87,8 +87,7 @@ def test_many_columns_are_summed_up(tmp_path, capsys):
 
 
 def test_data_without_named_columns_have_no_list(tmp_path, capsys):
-    assert run("train", "iris", "--epochs", "1", "--json", "--out", tmp_path / "run") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["columns"] == []
+    assert result_of(capsys, "train", "iris", "--epochs", "1", "--out", tmp_path / "run")["columns"] == []
     assert not (tmp_path / "run/columns.csv").exists()
 
 
@@ -129,13 +128,10 @@ def test_unknown_columns_are_named_once_and_ignored(trained, tmp_path, capsys):
     said = "columns that the training did not have, ignored: 'mood', 'weather'"
     predict = ["predict", trained, "--data", path, "--out", tmp_path / "p.csv", "--force"]
     for command in (predict, ["evaluate", trained, "--data", path]):
-        assert run(*command) == 0
-        assert said in capsys.readouterr().out
-        assert run(*command, "--ignore-unused") == 0
-        assert "did not have" not in capsys.readouterr().out
+        assert said in output_of(capsys, *command)
+        assert "did not have" not in output_of(capsys, *command, "--ignore-unused")
     # Columns that training dropped or left out are known.
-    assert run("evaluate", trained, "--data", people(path)) == 0
-    assert "did not have" not in capsys.readouterr().out
+    assert "did not have" not in output_of(capsys, "evaluate", trained, "--data", people(path))
 
 
 def loaded(path, **columns):
@@ -193,13 +189,11 @@ def test_a_time_that_is_no_input(tmp_path, capsys):
     path = tmp_path / "a.csv"
     path.write_text("row,x,y\n" + "".join(f"{row},{row * 7 % 11},{row % 2}\n" for row in range(60)))
     folder = tmp_path / "run"
-    options = ["--target", "y", "--time", "row", "--epochs", "1", "--batch-size", "8", "--quiet", "--json"]
-    assert run("train", path, *options, "--out", folder) == 0
-    printed = json.loads(capsys.readouterr().out)
+    options = ["--target", "y", "--time", "row", "--epochs", "1", "--batch-size", "8", "--quiet"]
+    printed = result_of(capsys, "train", path, *options, "--out", folder)
     became = {one["column"]: one["became"] for one in printed["columns"]}
     assert became == {"row": "left out", "x": "number", "y": "target"}
-    assert run("evaluate", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]
+    assert result_of(capsys, "evaluate", folder)["accuracy"] == printed["test"]["accuracy"]
 
 
 def ages(path, *, each, different=42):
@@ -227,8 +221,7 @@ def test_a_guess_of_many_classes_is_printed_once(tmp_path, monkeypatch, capsys, 
 def test_a_split_that_fails_says_that_the_classes_were_guessed(tmp_path, capsys):
     data = ages(tmp_path / "ages.csv", each=8)
     options = ("--target", "price", "--models", "1", "--out", tmp_path / "run")
-    assert run("train", data, *options) == 1
-    said = capsys.readouterr().err
+    said = refusal(capsys, "train", data, *options, code=1)
     assert "--validation-fraction: 0.1 of 268 rows leaves 241 rows to train on and 27 held out" in said
     assert "; 'price': 42 different whole numbers, taken as classes (--task regression" in said
     assert run("train", data, *options, "--task", "classification") == 1
@@ -281,5 +274,4 @@ def test_columns_in_other_letters_are_asked_after(tmp_path, capsys):
         assert run(*words) == bool(said)
         assert said in capsys.readouterr().err
     data.write_text("zzz,price\n1,2\n")
-    assert run(*predict) == 1
-    assert "did you mean" not in capsys.readouterr().err
+    assert "did you mean" not in refusal(capsys, *predict, code=1)

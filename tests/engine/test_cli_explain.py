@@ -12,7 +12,7 @@ from fusemlp.report import explanations
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
 from fusemlp.sklearn import TableClassifier, TableRegressor
-from make import read, refusal, rows, run
+from make import output_of, read, refusal, result_of, rows, run
 
 COLUMNS = ["noise", "only", "word", "when"]
 
@@ -44,18 +44,12 @@ def digits(tmp_path_factory):
     return folder
 
 
-def answer(capsys, *arguments):
-    capsys.readouterr()
-    assert run("explain", *arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 # The mean of a date's pieces is like no row: a baseline that gives the date a share.
 @pytest.mark.parametrize(
     ("method", "share"), [("permutation", 0.05), ("expected", 0.1), ("integrated", 0.4), ("gradient", 0.5)]
 )
 def test_the_only_column_that_matters_comes_first(prices, method, share, capsys):
-    found = answer(capsys, prices, "--method", method)
+    found = result_of(capsys, "explain", prices, "--method", method)
     importance = {one["column"]: one["importance"] for one in found["columns"]}
     assert next(iter(importance)) == "only" and sorted(importance) == sorted(COLUMNS)
     assert all(importance[name] < share * importance["only"] for name in COLUMNS if name != "only")
@@ -67,8 +61,7 @@ def test_the_only_column_that_matters_comes_first(prices, method, share, capsys)
 
 def test_prints_and_writes_the_columns(prices, tmp_path, capsys):
     out, plot = tmp_path / "importance.csv", tmp_path / "importance.png"
-    assert run("explain", prices, "--out", out, "--plot", plot, "--rows", "40") == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "explain", prices, "--out", out, "--plot", plot, "--rows", "40")
     assert "40 test rows, each column permuted 10 times" in shown and "rmse worse by" in shown
     written = rows(out)
     assert [row["column"] for row in written] == [line.split()[0] for line in shown.splitlines()[2:6]]
@@ -80,7 +73,7 @@ def test_prints_and_writes_the_columns(prices, tmp_path, capsys):
 def test_attributions_of_new_rows_add_up_to_their_predictions(prices, tmp_path, capsys):
     new, out, predicted = tmp_path / "new.csv", tmp_path / "out.csv", tmp_path / "predicted.csv"
     table(30, seed=1).drop(columns="price").to_csv(new, index=False)
-    found = answer(capsys, prices, "--method", "integrated", "--data", new, "--out", out)
+    found = result_of(capsys, "explain", prices, "--method", "integrated", "--data", new, "--out", out)
     assert run("predict", prices, "--data", new, "--out", predicted) == 0
     written = rows(out)
     assert list(written[0]) == ["row", "name", "explained", "output", "baseline", *COLUMNS, "error"]
@@ -92,15 +85,13 @@ def test_attributions_of_new_rows_add_up_to_their_predictions(prices, tmp_path, 
         missing = output - float(row["baseline"]) - sum(float(row[name]) for name in COLUMNS)
         assert missing == pytest.approx(float(row["error"]), abs=1e-6)
     assert found["completeness"]["most"] < 0.02 * found["completeness"]["difference"]
-    assert run("explain", prices, "--data", new) == 1
-    said = capsys.readouterr().err
+    said = refusal(capsys, "explain", prices, "--data", new, code=1)
     assert "no target column 'price'" in said and "--method integrated" in said
 
 
 def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(prices, tmp_path, capsys, monkeypatch):
     for method, printed in (("integrated", True), ("expected", True), ("gradient", False)):
-        assert run("explain", prices, "--method", method) == 0
-        shown = capsys.readouterr().out
+        shown = output_of(capsys, "explain", prices, "--method", method)
         assert ("completeness: the attributions of a row sum to its output less the baseline's" in shown) is printed
     # kinks leave an error that is larger than this
     monkeypatch.setattr(explanations, "INEXACT", 1e-9)
@@ -113,14 +104,14 @@ def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(prices, tmp_
 
 def test_images_get_a_heat_map_for_each_class(digits, tmp_path, capsys):
     plot, out = tmp_path / "digits.png", tmp_path / "digits.csv"
-    found = answer(capsys, digits, "--rows", "50", "--plot", plot, "--out", out)
+    found = result_of(capsys, "explain", digits, "--rows", "50", "--plot", plot, "--out", out)
     assert found["method"] == "integrated" and found["rows"] == 50 and len(found["columns"]) == 64
     assert found["completeness"]["most"] < 0.1 * found["completeness"]["difference"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert len({row["explained"] for row in rows(out)}) > 5
-    found = answer(capsys, digits, "--rows", "50", "--class", "3", "--out", out, "--force")
+    found = result_of(capsys, "explain", digits, "--rows", "50", "--class", "3", "--out", out, "--force")
     assert {row["explained"] for row in rows(out)} == {"3"}
-    found = answer(capsys, digits, "--rows", "50", "--method", "permutation", "--plot", plot, "--force")
+    found = result_of(capsys, "explain", digits, "--rows", "50", "--method", "permutation", "--plot", plot, "--force")
     assert {one["column"] for one in found["columns"]} == {f"square {at // 8} {at % 8}" for at in range(64)}
 
 
@@ -149,7 +140,8 @@ def test_a_single_row_or_none(prices, tmp_path, capsys):
     assert none in capsys.readouterr().err
     # Its baseline is the mean of the run's training rows, and where these are gone there is none.
     table(1).to_csv(new, index=False)
-    assert answer(capsys, prices, "--data", new, "--method", "integrated")["completeness"]["difference"] > 0
+    found = result_of(capsys, "explain", prices, "--data", new, "--method", "integrated")
+    assert found["completeness"]["difference"] > 0
     gone = tmp_path / "run"
     shutil.copytree(prices, gone)
     config = read(gone / "config.json")
@@ -158,8 +150,7 @@ def test_a_single_row_or_none(prices, tmp_path, capsys):
     assert run("explain", gone, "--data", new, "--method", "integrated") != 0
     assert "background: a single row" in capsys.readouterr().err
     table(9).to_csv(new, index=False)
-    assert run("explain", gone, "--data", new, "--method", "integrated") == 0
-    assert "baselines are these rows" in capsys.readouterr().out
+    assert "baselines are these rows" in output_of(capsys, "explain", gone, "--data", new, "--method", "integrated")
 
 
 def test_the_title_names_the_explained_output(prices, digits, tmp_path, capsys):
@@ -168,8 +159,7 @@ def test_the_title_names_the_explained_output(prices, digits, tmp_path, capsys):
         ((digits, "--rows", "9"), "9 test rows, integrated gradients of the logit of each row's predicted class"),
         ((digits, "--rows", "9", "--class", "3"), "9 test rows, integrated gradients of the logit of '3'"),
     ):
-        assert run("explain", *given) == 0
-        assert title in capsys.readouterr().out.splitlines()
+        assert title in output_of(capsys, "explain", *given).splitlines()
     said = refusal(capsys, "explain", prices, "--method", "integrated", "--class", "red")
     assert "--class: the run predicts numbers" in said
 
@@ -226,7 +216,7 @@ def test_targets_of_several_units_count_alike(tmp_path, capsys):
     run_folder = tmp_path / "run"
     options = ("--target", "a,b", "--models", "1", "--epochs", "60", "--quiet", "--out", run_folder)
     assert run("train", tmp_path / "data.csv", *options) == 0
-    columns = answer(capsys, run_folder)["columns"]
+    columns = result_of(capsys, "explain", run_folder)["columns"]
     importance = {column["column"]: column["importance"] for column in columns}
     assert 0.5 < importance["x1"] / importance["x2"] < 2.0
     intervals = read(run_folder / "report.json")["intervals"]

@@ -14,7 +14,7 @@ from fusemlp.cli.app import COMMON, GROUPS, MOST
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.tables.recipe import run_folders
-from make import refusal, run
+from make import output_of, refusal
 
 COMMANDS = typer.main.get_command(app.app).commands
 LARGE = [name for name, command in COMMANDS.items() if len(command.params) > MOST]
@@ -27,8 +27,7 @@ def shown(monkeypatch, capsys):
 
     def lines(*words, width=80):
         monkeypatch.setenv("COLUMNS", str(width))
-        assert run(*words) == 0
-        return capsys.readouterr().out.splitlines()
+        return output_of(capsys, *words).splitlines()
 
     return lines
 
@@ -141,8 +140,14 @@ def test_what_is_completed(case, folder, monkeypatch, capsys):
     monkeypatch.setenv(app.COMPLETE_VARIABLE, "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"fusemlp {typed}")
     monkeypatch.setenv("COMP_CWORD", str(len(typed.split(" "))))
-    assert run() == 0
-    assert set(capsys.readouterr().out.split()) == expected
+    assert (
+        set(
+            output_of(
+                capsys,
+            ).split()
+        )
+        == expected
+    )
 
 
 def test_options_whose_help_lists_values_complete_them():
@@ -156,8 +161,7 @@ def test_options_whose_help_lists_values_complete_them():
 
 @pytest.mark.parametrize("shell", options.SHELLS)
 def test_a_script_for_each_shell(shell, capsys):
-    assert run("completion", shell) == 0
-    script = capsys.readouterr().out
+    script = output_of(capsys, "completion", shell)
     assert app.COMPLETE_VARIABLE in script and f"complete_{shell}" in script
     assert "did you mean 'zsh'" in refusal(capsys, "completion", "zhs")
 
@@ -175,8 +179,7 @@ def test_a_shell_runs_its_script(shell, tmp_path, capsys):
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
-    assert run("completion", shell) == 0
-    script = capsys.readouterr().out
+    script = output_of(capsys, "completion", shell)
     # A compdef as after compinit, and the program by its name.
     (tmp_path / "fusemlp").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m fusemlp "$@"\n')
     (tmp_path / "fusemlp").chmod(0o755)

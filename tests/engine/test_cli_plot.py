@@ -14,7 +14,7 @@ from fusemlp.cli.runs import names
 from fusemlp.report import plots
 from fusemlp.report.plots import Curves
 from fusemlp.report.runs import Run
-from make import configuration, read, rows, run
+from make import configuration, output_of, read, refusal, result_of, rows, run
 
 
 def made(path, metrics, loss="cross_entropy"):
@@ -31,12 +31,10 @@ VALUES = "epoch,loss\n1,2.0\n2,1.0\n3,0.5\n"
 
 def test_runs_in_one_picture(tmp_path, capsys):
     one, other = made(tmp_path / "a", CLASSES), made(tmp_path / "b", VALUES, "mse")
-    assert run("plot", one, other, "--out", tmp_path / "both.png") == 0
-    assert capsys.readouterr().out == f"plot {tmp_path / 'both.png'}\n"
+    assert output_of(capsys, "plot", one, other, "--out", tmp_path / "both.png") == f"plot {tmp_path / 'both.png'}\n"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    assert run("plot", one, "--out", tmp_path / "one.svg", "--json") == 0
     printed = {"runs": [str(one)], "plot": str(tmp_path / "one.svg"), "same": {}}
-    assert json.loads(capsys.readouterr().out) == printed
+    assert result_of(capsys, "plot", one, "--out", tmp_path / "one.svg") == printed
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
@@ -45,8 +43,7 @@ def test_a_second_picture_has_a_number(tmp_path, monkeypatch, capsys):
     one = made(tmp_path / "a", CLASSES)
     Path("comparison.png").write_text("mine")
     for name in ("comparison-2.png", "comparison-3.png"):
-        assert run("plot", one) == 0
-        assert capsys.readouterr().out == f"plot {name}\n"
+        assert output_of(capsys, "plot", one) == f"plot {name}\n"
         assert Path(name).read_bytes().startswith(b"\x89PNG")
     assert Path("comparison.png").read_text() == "mine"
     assert run("plot", one, "--force") == 0
@@ -177,8 +174,7 @@ def test_a_picture_that_was_asked_for_fails_after_the_results(tmp_path, monkeypa
     shown = capsys.readouterr()
     assert json.loads(shown.out)["suggested"] > 0 and json.loads(shown.out)["plot"] is None
     assert shown.err.endswith(f"error: plot: {failed(out)}\n")
-    assert run("plot", tmp_path / "run", "--out", out) == 1
-    assert capsys.readouterr().err == f"error: out: {failed(out)}\n"
+    assert refusal(capsys, "plot", tmp_path / "run", "--out", out, code=1) == f"error: out: {failed(out)}\n"
     assert not out.exists()
 
 
@@ -202,8 +198,7 @@ def test_a_run_without_its_page(tmp_path, monkeypatch, capsys):
     because = failed(tmp_path / "run/report.html")
     assert json.loads(line)["page"] is None and json.loads(line)["no_page"] == because
     assert "test" in read(tmp_path / "run/report.json")
-    assert run("report", tmp_path / "run") == 1
-    assert capsys.readouterr().err == f"error: report: {because}\n"
+    assert refusal(capsys, "report", tmp_path / "run", code=1) == f"error: report: {because}\n"
     options = ("--vary", "lr=0.1,0.01", "--epochs", "2", "--quiet")
     assert run("sweep", tmp_path / "data.npz", *options, "--out", tmp_path / "sweep") == 0
     assert f"no report: {failed(tmp_path / 'sweep/report.html')}" in capsys.readouterr().out.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusemlp.cli import runs
-from make import read, refusal, rows, run
+from make import output_of, read, refusal, result_of, rows, run
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,7 @@ def trained(tmp_path_factory):
 
 
 def listed(capsys, folder, *options):
-    capsys.readouterr()
-    assert run("runs", folder, "--json", *options) == 0
-    return json.loads(capsys.readouterr().out)
+    return result_of(capsys, "runs", folder, *options)
 
 
 def of_iris(capsys, folder, *options):
@@ -106,8 +104,7 @@ def test_what_is_no_run_is_named(trained, capsys):
 
 
 def test_the_table(trained, capsys):
-    assert run("runs", trained) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = output_of(capsys, "runs", trained).splitlines()
     at = lines.index("iris: 4 runs, by val_loss, the least first")
     assert lines[at + 1].split() == ["run", "val_loss", "test_accuracy", "started", "epochs", "status", "hidden", "lr"]
     fast = next(line for line in lines[at:] if line.startswith("fast"))
@@ -129,8 +126,7 @@ def test_another_score(trained, capsys):
 def test_a_run_folder_itself_a_folder_without_runs_and_none(trained, tmp_path, monkeypatch, capsys):
     (one,) = listed(capsys, trained / "slow")["runs"]
     assert (Path(one["run"]).name, one["differs"]) == ("slow", {})
-    assert run("runs", tmp_path) == 0
-    assert capsys.readouterr().out == f"no run in {tmp_path}\n"
+    assert output_of(capsys, "runs", tmp_path) == f"no run in {tmp_path}\n"
     monkeypatch.chdir(tmp_path)
     said = refusal(capsys, "runs")
     assert "there is no folder 'runs'; give one with run folders in it, or make the first run" in said
@@ -140,8 +136,7 @@ def test_a_run_folder_itself_a_folder_without_runs_and_none(trained, tmp_path, m
 def test_a_narrow_terminal_leaves_columns_out_and_says_so(width, trained, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert run("runs", trained) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = output_of(capsys, "runs", trained).splitlines()
     at = lines.index("iris: 4 runs, by val_loss, the least first")
     table = lines[at + 1 : at + 6]
     assert max(map(len, table)) <= width

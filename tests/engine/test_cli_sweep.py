@@ -1,6 +1,5 @@
 """``fusemlp sweep``: the models that ``--vary`` means, and the best of them as a run like one of ``train``."""
 
-import json
 import re
 import shlex
 import signal
@@ -20,7 +19,7 @@ from fusemlp.cli import vary
 from fusemlp.cli.vary import combinations, parsed_axes, spelled_value
 from fusemlp.fleet import candidates
 from fusemlp.fleet.candidates import Candidate
-from make import read, refusal, rows, run
+from make import output_of, read, refusal, result_of, rows, run
 
 
 def without_seconds(folder):
@@ -68,8 +67,7 @@ def test_a_sweep_and_what_comes_of_it(tmp_path, capsys):
     assert "kept of them: 2 models, merged into one that gives their mean" in shown.out
     assert "2 models of 4-" in (folder / "report.html").read_text()
     # Other commands accept the folder.
-    assert run("evaluate", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == report["test"]["accuracy"]
+    assert result_of(capsys, "evaluate", folder)["accuracy"] == report["test"]["accuracy"]
     features = tmp_path / "features.npz"
     np.savez(features, X=np.ones((2, 4)))
     assert run("predict", folder, "--data", features, "--out", tmp_path / "p.csv") == 0
@@ -92,8 +90,7 @@ AGAIN = {
 @pytest.mark.parametrize("options", AGAIN.values(), ids=AGAIN.keys())
 def test_the_best_is_what_train_makes_of_its_command(options, tmp_path, capsys):
     folder = tmp_path / "sweep"
-    assert run("sweep", "wine", *options.split(), "--epochs", "5", "--quiet", "--out", folder, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = result_of(capsys, "sweep", "wine", *options.split(), "--epochs", "5", "--quiet", "--out", folder)
     words = shlex.split(printed["train"])
     # the seeds of one combination are trained together
     assert words[:3] == ["fusemlp", "sweep" if "--vary seed" in options else "train", "wine"]
@@ -119,8 +116,7 @@ def test_a_sample_is_some_of_all_and_always_the_same(tmp_path):
 
 def test_seeds_of_each_combination(tmp_path, capsys):
     options = ["--vary", "lr=0.001:0.1:log:30", "--sample", "2", "--epochs", "2", "--quiet"]
-    assert run("sweep", "wine", *options, "--seeds", "3", "--seed", "7", "--json", "--out", tmp_path / "a") == 0
-    best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
+    best = result_of(capsys, "sweep", "wine", *options, "--seeds", "3", "--seed", "7", "--out", tmp_path / "a")["best"]
     table = rows(tmp_path / "a/results.csv")
     assert len({row["lr"] for row in table}) == 2
     assert [sorted(row["seed"] for row in table[at : at + 3]) for at in (0, 3)] == [["7", "8", "9"]] * 2
@@ -131,8 +127,7 @@ def test_seeds_of_each_combination(tmp_path, capsys):
     assert run("sweep", "wine", "--seeds", "2", "--epochs", "1", "--quiet", "--out", tmp_path / "c") == 0
     assert [row["seed"] for row in sorted(rows(tmp_path / "c/results.csv"), key=lambda row: row["seed"])] == ["0", "1"]
     capsys.readouterr()
-    assert run("sweep", "wine", *options[:-1], "--seeds", "2", "--out", tmp_path / "d") == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "sweep", "wine", *options[:-1], "--seeds", "2", "--out", tmp_path / "d")
     assert "the least mean val_loss of its seeds" in shown and "kept of them: 2 models, merged" in shown
     header = next(line for line in shown.splitlines() if line.startswith("model"))
     assert header.split()[:3] == ["model", "lr", "val_loss"]
@@ -155,8 +150,7 @@ def test_seeds_that_cannot_be_merged_leave_the_best(tmp_path, monkeypatch, capsy
 
 def test_seeds_alone_are_told_their_mean(tmp_path, capsys):
     options = ["wine", "--vary", "seed=0:4", "--epochs", "2", "--quiet"]
-    assert run("sweep", *options, "--json", "--out", tmp_path / "a") == 0
-    best = json.loads(capsys.readouterr().out)["best"]
+    best = result_of(capsys, "sweep", *options, "--out", tmp_path / "a")["best"]
     losses = [float(row["val_loss"]) for row in rows(tmp_path / "a/results.csv")]
     assert best["scores"]["val_loss"] == min(losses)
     assert best["mean"] == pytest.approx(np.mean(losses), rel=1e-12)
@@ -173,14 +167,12 @@ def test_one_seed_is_no_mean(tmp_path, capsys):
         assert "mean val_loss" not in capsys.readouterr().out
     without, with_one = (rows(tmp_path / name / "results.csv") for name in "ab")
     assert [list(row) for row in without] == [list(row) for row in with_one]
-    assert run("sweep", *options, "--vary", "seed=3", "--out", tmp_path / "c") == 0
-    assert "mean val_loss" not in capsys.readouterr().out
+    assert "mean val_loss" not in output_of(capsys, "sweep", *options, "--vary", "seed=3", "--out", tmp_path / "c")
 
 
 def test_the_metric_decides(tmp_path, capsys):
-    options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
-    assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
-    best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
+    options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet"]
+    best = result_of(capsys, "sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a")["best"]
     table = rows(tmp_path / "a/results.csv")
     # numbers stay numbers in JSON, and models are in the order of the seeds
     assert best["parameters"] == {"seed": best["model"]}
@@ -188,8 +180,10 @@ def test_the_metric_decides(tmp_path, capsys):
     # Among equal scores the smallest loss wins.
     equal = [row for row in table if row["val_accuracy"] == most]
     assert best["model"] == int(min(equal, key=lambda row: row["val_loss"])["model"])
-    assert run("sweep", "wine", *options, "--validation-fraction", "0", "--out", tmp_path / "b") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["metric"] == "loss"
+    assert (
+        result_of(capsys, "sweep", "wine", *options, "--validation-fraction", "0", "--out", tmp_path / "b")["metric"]
+        == "loss"
+    )
 
 
 def test_the_test_rows_have_no_say(tmp_path, monkeypatch):
@@ -320,8 +314,7 @@ def test_a_sweep_larger_than_memory_is_never_built_at_once(tmp_path, monkeypatch
 
 
 def test_layers_larger_than_memory_are_one_line(tmp_path, capsys):
-    assert run("sweep", "iris", "--vary", f"hidden={10**14}", "--out", tmp_path / "run") == 1
-    shown = capsys.readouterr().err
+    shown = refusal(capsys, "sweep", "iris", "--vary", f"hidden={10**14}", "--out", tmp_path / "run", code=1)
     assert shown.startswith("error: there is not enough memory: ") and shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -352,8 +345,7 @@ def test_tables_of_a_few_rows(count, words, tmp_path, capsys):
 def test_a_constant_target(value, shown, command, tmp_path, capsys):
     table = labelled(tmp_path / "table.csv", 250, [value])
     name, *options = command
-    assert run(name, table, "--target", "label", *options, "--out", tmp_path / "run") == 1
-    assert capsys.readouterr().err == (
+    assert refusal(capsys, name, table, "--target", "label", *options, "--out", tmp_path / "run", code=1) == (
         f"error: target: 'label' is {shown} in all rows, which is one class, and classes are two or more; choose "
         "another target\n"
     )

@@ -1,7 +1,6 @@
 """``fusemlp train`` from the command to the run folder: results, interruption, divergence, resuming."""
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -23,7 +22,7 @@ from fusemlp.cli.train import Recorder
 from fusemlp.report.runs import Run
 from fusemlp.tables.recipe import CLASS_DECAY
 from fusemlp.tables.training import fit_arguments, new_engine
-from make import read, refusal, rows, run
+from make import output_of, read, refusal, result_of, rows, run
 
 
 def same_model(first, second, name="model"):
@@ -47,15 +46,13 @@ def test_digits_as_typed(tmp_path, monkeypatch, capsys):
 
 def test_the_classic_tutorial_as_typed(tmp_path, capsys):
     typed = "train mnist5k --hidden 10 --loss mse --optimizer sgd --lr 0.01 --batch-size 32 --epochs 100"
-    assert run(*typed.split(), "--out", tmp_path / "run", "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["accuracy"] >= 0.6
+    assert result_of(capsys, *typed.split(), "--out", tmp_path / "run")["test"]["accuracy"] >= 0.6
     assert read(tmp_path / "run/config.json")["network"]["sizes"] == [784, 10, 10]
 
 
 def test_what_a_run_folder_holds(tmp_path, capsys):
     folder, asked = tmp_path / "run", ("--epochs", "4", "--hidden", " 8 , 5", "--hidden", "6", "--seed", "3")
-    assert run("train", "iris", *asked, "--out", folder, "--json") == 0
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = result_of(capsys, "train", "iris", *asked, "--out", folder)
     places = {"run": folder, "plot": folder / "curves.png", "page": folder / "report.html"}
     assert {name: printed.pop(name) for name in places} == {name: str(path) for name, path in places.items()}
 
@@ -263,8 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
 def test_dead_units_are_said_with_the_remedy(tmp_path, capsys):
     # the first large step drives most units below zero for every row
     options = ["--lr", "30", "--clip-norm", "1e3", "--epochs", "3", "--early-stopping", "0", "--seed", "1", "--quiet"]
-    assert run("train", "iris", *options, "--out", tmp_path / "run") == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "train", "iris", *options, "--out", tmp_path / "run")
     fraction = read(tmp_path / "run/report.json")["dead_units"]["layer 1"]
     assert fraction > 0.3
     assert f"dead units: relu units that are zero for every training row: {fraction:.0%} of layer 1" in shown

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fusemlp_kernels import availability
-from make import run
+from make import refusal, run
 
 if availability()["triton"] is not None:
     pytest.skip(f"triton: {availability()['triton']}", allow_module_level=True)
@@ -33,6 +33,5 @@ def test_a_training_ends_where_numpys_ends_and_says_that_it_is_interpreted(tmp_p
 
 def test_what_the_interpreter_cannot_do_is_refused_in_one_line(capsys):
     for option, said in (("--precision=bf16", "interpreter computes bf16 wrongly"), ("--precision=fp64", "numpy")):
-        assert run("train", "digits", "--backend", "triton", option) == 1
-        error = capsys.readouterr().err
+        error = refusal(capsys, "train", "digits", "--backend", "triton", option, code=1)
         assert said in error and error.count("\n") == 1

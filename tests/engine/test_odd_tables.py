@@ -28,7 +28,7 @@ from fusemlp.datasets.rows import check_memory
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
-from make import run
+from make import refusal
 
 WIDE = ",".join(f"c{i}" for i in range(3000))
 LONG = "x" * 100_000
@@ -563,6 +563,5 @@ def test_the_command_names_the_column_that_takes_the_memory(tmp_path, monkeypatc
     # it takes the function by name: imported during the patch, it would keep this one
     importlib.import_module("fusemlp.fleet.candidates")
     monkeypatch.setattr(rows_module, "available_memory", lambda: 5_000)
-    assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
-    assert "50 of 'town'" in capsys.readouterr().err
+    assert "50 of 'town'" in refusal(capsys, "train", path, "--target", "y", "--out", tmp_path / "run", code=1)
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 """Run folders and files of earlier releases predict, score, explain and train on as the release that wrote them did."""
 
-import json
 import pickle
 import shutil
 import warnings
@@ -11,7 +10,7 @@ import pytest
 
 from fusemlp import load, load_checkpoint
 from fusemlp.sklearn import MLPClassifier, TableRegressor
-from make import frame, read, rows, run
+from make import frame, read, result_of, rows, run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASE, ESTIMATORS, FOLDER = (FIXTURES / name for name in ("release_0_1_0", "release_0_2_0", "runs_2026_11"))
@@ -64,8 +63,7 @@ def test_it_takes_another_spelling_of_a_number_for_an_unseen_word(copy, tmp_path
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_scores_the_same(name, copy, capsys):
-    assert run("evaluate", copy(name), "--json") == 0
-    scores, expected = json.loads(capsys.readouterr().out), read(FOLDER / name / "report.json")["test"]
+    scores, expected = result_of(capsys, "evaluate", copy(name)), read(FOLDER / name / "report.json")["test"]
     shared = expected.keys() & scores.keys() & {"rows", "loss", "accuracy", "rmse", "r2"}
     assert len(shared) >= 3
     for score in shared:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -14,7 +13,7 @@ from fusemlp.report import evidence as evidence_module
 from fusemlp.report.metrics import plain, scalars, scored, spelled
 from fusemlp.report.page import _drawings, _importance, page, png, svg
 from fusemlp.report.plots import Chart, Line
-from make import QUICK, read, rows, run, trained
+from make import QUICK, output_of, read, refusal, result_of, rows, run, trained
 
 CALIBRATED = "a tenth of the rows at each point"
 # Elements without an end.
@@ -194,20 +193,17 @@ def test_a_png_holds_its_pixels():
 def test_the_page_is_made_again(houses, capsys):
     before = (houses / "report.html").read_bytes()
     (houses / "report.html").unlink()
-    assert run("report", houses, "--json") == 0
     expected = {"run": str(houses), "report": str(houses / "report.html"), "notes": []}
-    assert json.loads(capsys.readouterr().out) == expected
+    assert result_of(capsys, "report", houses) == expected
     assert (houses / "report.html").read_bytes() == before
 
 
 def test_other_weights_and_changed_data(tmp_path, capsys):
     folder, data = trained(tmp_path, *QUICK, target="kind", classes=2), tmp_path / "data.csv"
-    assert run("report", folder, "--weights", "best") == 0
-    assert f"report {folder}/report.html" in capsys.readouterr().out
+    assert f"report {folder}/report.html" in output_of(capsys, "report", folder, "--weights", "best")
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0], *reversed(lines[1:])]))
-    assert run("report", folder) == 1
-    assert "have changed since the training" in capsys.readouterr().err
+    assert "have changed since the training" in refusal(capsys, "report", folder, code=1)
 
 
 def test_baselines_stand_beside_the_model():

@@ -1,6 +1,5 @@
 """Rows that train, validate and test: own files, whole groups, the order of time, and rows seen before."""
 
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from fusemlp.cli.vary import planned
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.rows import among, folds, hold_out, row_hashes, with_files
 from fusemlp_kernels.errors import ArgumentError, DataError
-from make import read, run
+from make import output_of, read, refusal, result_of, run
 
 
 def write(path, header, rows):
@@ -98,8 +97,7 @@ def test_train_splits_by_group(tmp_path, capsys):
     assert made.summary["validation_rows"] == 10
     folder = tmp_path / "run"
     assert run("train", path, "--target", "y", "--group", "patient", "--epochs", "1", "--quiet", "--out", folder) == 0
-    assert run("evaluate", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 20
+    assert result_of(capsys, "evaluate", folder)["rows"] == 20
     assert run("train", "--resume", folder, "--epochs", "2", "--quiet") == 0
 
 
@@ -179,23 +177,20 @@ def test_own_files_are_the_validation_and_test_rows(tmp_path, capsys):
         "--early-stopping",
         "2",
     ]
-    assert run("train", train, *options, "--quiet", "--json", "--out", folder) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = result_of(capsys, "train", train, *options, "--quiet", "--out", folder)
     assert "val_loss" in (folder / "metrics.csv").read_text()
     about = read(folder / "config.json")["data"]
     assert [about[f"{part}_rows"] for part in ("training", "validation", "test")] == [90, 25, 40]
     assert about["test"] == "a file of its own"
     assert printed["test"]["rows"] == 40
     for data in ([], ["--data", test]):
-        assert run("evaluate", folder, *data, "--json") == 0
-        answer = json.loads(capsys.readouterr().out)
+        answer = result_of(capsys, "evaluate", folder, *data)
         assert {name: answer[name] for name in printed["test"]} == printed["test"]
     # The run knows its files from any folder, and whether they change.
     stored = read(folder / "config.json")["options"]
     assert (stored["validation"], stored["test"]) == (str(valid), str(test))
     test.write_text(test.read_text().replace("mid", "low"))
-    assert run("evaluate", folder) == 1
-    assert "have changed since the training" in capsys.readouterr().err
+    assert "have changed since the training" in refusal(capsys, "evaluate", folder, code=1)
 
 
 def test_own_files_are_read_by_the_training_columns(tmp_path):
@@ -323,10 +318,8 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path, capsys):
     capsys.readouterr()
 
     def evaluated(path):
-        assert run("evaluate", folder, "--data", path) == 0
-        shown = capsys.readouterr().out
-        assert run("evaluate", folder, "--data", path, "--json") == 0
-        return json.loads(capsys.readouterr().out)["training_rows"], shown
+        shown = output_of(capsys, "evaluate", folder, "--data", path)
+        return result_of(capsys, "evaluate", folder, "--data", path)["training_rows"], shown
 
     count, shown = evaluated(train)
     assert count == 64
@@ -343,11 +336,9 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path, capsys):
     chosen[0][3] = "low" if chosen[0][3] != "low" else "mid"
     assert evaluated(write(moved, "name,x,word,y", chosen))[0] == 9
     # The test rows of the run itself, and runs of earlier releases, tell nothing.
-    assert run("evaluate", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["training_rows"] is None
+    assert result_of(capsys, "evaluate", folder)["training_rows"] is None
     (folder / "training_rows.npy").write_bytes(b"damaged")
-    assert run("evaluate", folder, "--data", train) == 1
-    assert "training_rows.npy: cannot be read" in capsys.readouterr().err
+    assert "training_rows.npy: cannot be read" in refusal(capsys, "evaluate", folder, "--data", train, code=1)
     (folder / "training_rows.npy").unlink()
     assert evaluated(train)[0] is None
 
@@ -356,9 +347,7 @@ def test_evaluate_recognises_the_rows_of_a_regression(tmp_path, capsys):
     path, folder = write(tmp_path / "a.csv", "x,y", [[row, row / 7] for row in range(60)]), tmp_path / "run"
     options = ("--target", "y", "--vary", "lr=0.1,0.2", "--epochs", "1", "--quiet")
     assert run("sweep", path, *options, "--out", folder) == 0
-    capsys.readouterr()
-    assert run("evaluate", folder, "--data", path, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["training_rows"] == 43
+    assert result_of(capsys, "evaluate", folder, "--data", path)["training_rows"] == 43
 
 
 def test_folds_keep_the_shares_of_classes_of_any_size():

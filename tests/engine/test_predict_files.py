@@ -13,7 +13,7 @@ import pytest
 from fusemlp.cli.model import SUFFIXES
 from fusemlp.datasets.load import load_data
 from fusemlp.report.runs import Run, csv_bytes, read_columns
-from make import frame, refusal, rows, run, trained
+from make import frame, output_of, refusal, rows, run, trained
 
 READERS = {
     "csv": pandas.read_csv,
@@ -50,8 +50,7 @@ def as_text(path):
 
 
 def test_the_data_stand_in_front_of_the_predictions_as_they_are(model, new_rows, tmp_path, capsys):
-    assert run("predict", model, "--data", new_rows, "--with-data", "--out", tmp_path / "out.csv") == 0
-    said = capsys.readouterr().out
+    said = output_of(capsys, "predict", model, "--data", new_rows, "--with-data", "--out", tmp_path / "out.csv")
     written, given = as_text(tmp_path / "out.csv"), as_text(new_rows)
     assert [*written] == [*given, "prediction"]
     assert written.pop("note") == ["'=1+1", *given.pop("note")[1:]] and "apostrophe" in said
@@ -217,17 +216,14 @@ def test_the_files_of_a_run(tmp_path, capsys):
     assert [one["column"] for one in read_columns(Run(folder))] == ["=id", "@a", "b", "kind"]
     capsys.readouterr()
     given = ("--data", data, "--out", out)
-    assert run("predict", folder, *given, "--proba", "--interval", "0.5") == 0
-    assert "apostrophe" in capsys.readouterr().out
+    assert "apostrophe" in output_of(capsys, "predict", folder, *given, "--proba", "--interval", "0.5")
     found = rows(out)
     assert list(found[0]) == ["'=id", "prediction", "set", "probability_+yes()", "probability_no"]
     assert [row["'=id"] for row in found[:2]] == ["'=HYPERLINK(1)", "-1.5"]
     assert {row["prediction"] for row in found} == {"'+yes()", "no"} and {row["set"] for row in found} >= {"'+yes()"}
-    assert run("explain", folder, *given, "--method", "integrated", "--force") == 0
-    assert "apostrophe" in capsys.readouterr().out
+    assert "apostrophe" in output_of(capsys, "explain", folder, *given, "--method", "integrated", "--force")
     assert list(rows(out)[0]) == ["row", "'=id", "explained", "output", "baseline", "'@a", "b", "error"]
     # the other format has the labels as they are
-    assert run("predict", folder, "--data", data, "--out", tmp_path / "out.npz") == 0
-    assert "apostrophe" not in capsys.readouterr().out
+    assert "apostrophe" not in output_of(capsys, "predict", folder, "--data", data, "--out", tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz") as arrays:
         assert set(arrays["predictions"]) == {"+yes()", "no"} and arrays["ids"][0, 0] == "=HYPERLINK(1)"

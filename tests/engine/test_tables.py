@@ -32,7 +32,7 @@ from fusemlp.datasets.textfiles import Form, number
 from fusemlp.tables.preparation import prepare
 from fusemlp.tables.recipe import TableRecipe
 from fusemlp_kernels.errors import ArgumentError, DataError
-from make import QUICK, read, run, trained
+from make import QUICK, output_of, read, refusal, result_of, run, trained
 
 NAN = math.nan
 
@@ -573,20 +573,17 @@ def test_an_odd_table_from_training_to_prediction(tmp_path, capsys):
         assert line in shown
     config = read(folder / "config.json")
     assert config["data"]["notes"][0] == "odd.csv: separated by ';', decimal mark ',', encoding cp1252"
-    assert run("evaluate", folder, "--json") == 0
     report = read(folder / "report.json")
-    assert json.loads(capsys.readouterr().out)["loss"] == report["test"]["loss"]
+    assert result_of(capsys, "evaluate", folder)["loss"] == report["test"]["loss"]
     assert run("train", "--resume", folder, "--epochs", "4", "--quiet") == 0
     new = write(tmp_path / "new.csv", "tag,farbe,größe\n05.06.2023,lila,1.5\n,,\n2.3.2024,rot,?\n")
     capsys.readouterr()
-    assert run("predict", folder, "--data", new, "--out", tmp_path / "out.csv") == 0
-    shown = capsys.readouterr().out
+    shown = output_of(capsys, "predict", folder, "--data", new, "--out", tmp_path / "out.csv")
     assert "missing cells, filled in: 2 in 'größe', 1 in 'farbe', 1 in 'tag'" in shown
     assert "words unseen in training, taken as one other category: 1 in 'farbe' (such as 'lila')" in shown
     said = (tmp_path / "out.csv").read_text().split()
     assert len(said) == 4 and np.isfinite(np.array(said[1:], float)).all()
-    assert run("evaluate", folder, "--data", table) == 0
-    assert "rows without 'preis', left out: 1 of 150" in capsys.readouterr().out
+    assert "rows without 'preis', left out: 1 of 150" in output_of(capsys, "evaluate", folder, "--data", table)
 
 
 def test_the_options_of_a_table(tmp_path, capsys):
@@ -617,9 +614,7 @@ def test_a_run_of_an_earlier_release(tmp_path, capsys):
     }.items():
         config[part] = {name: value for name, value in config[part].items() if name not in names}
     (folder / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    assert run("evaluate", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["loss"] == read(folder / "report.json")["test"]["loss"]
+    assert result_of(capsys, "evaluate", folder)["loss"] == read(folder / "report.json")["test"]["loss"]
     assert run("predict", folder, "--data", tmp_path / "data.csv", "--out", tmp_path / "out.csv") == 0
     assert run("train", "--resume", folder, "--epochs", "4", "--quiet") == 0
 
@@ -627,7 +622,6 @@ def test_a_run_of_an_earlier_release(tmp_path, capsys):
 def test_the_mistakes_of_a_file_are_lines(tmp_path, capsys):
     lines = ["a,b,y", *(f"{i},{2 * i},{i % 2}" for i in range(40)), "x,1,0", "4,z,1"]
     table = write(tmp_path / "a.csv", "\n".join(lines))
-    assert run("train", table, "--target", "y", "--out", tmp_path / "run") == 1
-    first, *others = capsys.readouterr().err.splitlines()
+    first, *others = refusal(capsys, "train", table, "--target", "y", "--out", tmp_path / "run", code=1).splitlines()
     assert first == f"error: {table}: 2 mistakes:"
     assert [line.split(":")[0] for line in others] == ["  line 42, column 'a'", "  line 43, column 'b'"]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fusemlp
-from make import read, rows, run
+from make import read, result_of, rows, run
 
 RNG = np.random.default_rng(0)
 X, XV = RNG.normal(size=(40, 5)), RNG.normal(size=(20, 5))
@@ -271,9 +271,8 @@ class TestMLflow:
 
     def test_the_command_line(self, mlflow, tmp_path, capsys):
         folder = tmp_path / "one"
-        options = ["--epochs", "2", "--lr", "0.01", "--track", "mlflow", "--track-model", "--json"]
-        assert run("train", "iris", *options, "--out", folder) == 0
-        end = json.loads(capsys.readouterr().out.splitlines()[-1])
+        options = ["--epochs", "2", "--lr", "0.01", "--track", "mlflow", "--track-model"]
+        end = result_of(capsys, "train", "iris", *options, "--out", folder)
         run_id = read(folder / "tracking.json")["mlflow"]
         assert end["tracked"] == {"tracker": "mlflow", "run_id": run_id}
         found = stored(mlflow, run_id)
