@@ -212,9 +212,9 @@ def test_other_losses_combine_what_they_predict(kind):
 
 def test_far_outputs_keep_their_probabilities():
     far = np.array([[2000.0, 0.0], [0.0, 0.0], [-1e4, 1e4], [-1e4, 1e4]])
-    np.testing.assert_allclose(combined("cross_entropy", far.reshape(2, 2, -1)), [np.log([0.75, 0.25]), [-2e4, 0.0]])
-    assert combined("binary_cross_entropy", np.array([[[2000.0], [0.0]]])) == pytest.approx(np.log(3.0))
-    assert combined("binary_cross_entropy", np.array([[[-2000.0], [-2000.0]]])) == pytest.approx(-2000.0)
+    np.testing.assert_allclose(combined("cross_entropy", far, 2), [np.log([0.75, 0.25]), [-2e4, 0.0]])
+    assert combined("binary_cross_entropy", np.array([[2000.0], [0.0]]), 2) == pytest.approx(np.log(3.0))
+    assert combined("binary_cross_entropy", np.array([[-2000.0], [-2000.0]]), 2) == pytest.approx(-2000.0)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -254,12 +254,13 @@ def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
     return metrics
 
 
-def combined(kind: str, outputs: Array) -> Array:
-    """Return the outputs (n, N) whose prediction is the mean of the members', from theirs (n, members, N).
+def combined(kind: str, outputs: Array, members: int) -> Array:
+    """Return the outputs (n, N) whose prediction is the mean of the members', from theirs (n * members, N).
 
     Of a cross-entropy they are the logits of the mean probability, of poisson the logarithm of the mean count, of the
     other losses the mean.
     """
+    outputs = outputs.reshape(-1, members, outputs.shape[1])
     if kind == "cross_entropy":
         top = outputs.max(axis=2, keepdims=True)
         return _log_mean_exp(outputs - top - np.log(np.exp(outputs - top).sum(axis=2, keepdims=True)))
@@ -288,8 +289,8 @@ def mean_evaluation(forward: ForwardPass, data: Examples, spec: LossSpec, class_
 
     def evaluate(memory: Memory) -> dict[str, float]:
         forward.trained = memory
-        every = forward.outputs(data.X, evaluated=True).reshape(rows, -1, outputs)
-        backend.copy_into(z, combined(spec.kind, every).astype(forward.real, copy=False))
+        means = combined(spec.kind, forward.outputs(data.X, evaluated=True), forward.net.members)
+        backend.copy_into(z, means.astype(forward.real, copy=False))
         stats[:] = 0.0
         run()
         return metrics_of(backend.to_host(stats), spec)

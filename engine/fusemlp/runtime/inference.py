@@ -173,8 +173,8 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
-        outputs = self.member_outputs(X)
-        return outputs[:, 0] if outputs.shape[1] == 1 else combined(self.loss.kind, outputs)
+        outputs, members = self.forward.outputs(self.checked(X, codes=True)), self.network.members
+        return outputs if members == 1 else combined(self.loss.kind, outputs, members)
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
