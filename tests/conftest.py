@@ -1,5 +1,4 @@
-"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, pictures that no test looks at, and
-a run's summary of counts.
+"""The set-up of all tests: the path of the oracle comparison, Triton without a GPU, pictures that no test looks at.
 
 The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
 """
@@ -10,15 +9,12 @@ import io
 import os
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 sys.path += [str(Path(__file__).parents[1] / "ci"), str(Path(__file__).parents[1])]
-
-COUNTED = "line: "
 
 # Under nohup and in background jobs Ctrl-C is ignored: by this process, and by those that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -76,19 +72,6 @@ def rendered(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", empty)
         yield
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print a line for each property "line: NAME" that tests have recorded, with the sum of its values."""
-    sums = Counter()
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if getattr(report, "when", None) == "call":
-                for name, value in report.user_properties:
-                    if name.startswith(COUNTED):
-                        sums[name.removeprefix(COUNTED)] += int(value)
-    for name, total in sorted(sums.items()):
-        terminalreporter.write_line(f"{name}: {total}")
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,6 @@ EXCLUDED = (
     "test_n_iter_no_change",
     "test_n_iter_no_change_inf",
 )
-HEADING = f"line: scikit-learn's own tests ({len(EXCLUDED)} excluded: {', '.join(EXCLUDED)})"
 
 source = ORIGINAL.read_text(encoding="utf-8")
 assert source.count(IMPORT) == 1, f"{ORIGINAL} imports its classes in another way than expected"
@@ -34,8 +33,3 @@ pytestmark = pytest.mark.filterwarnings("default")
 def global_random_seed():
     """Return the default of scikit-learn's own suite."""
     return 42
-
-
-@pytest.fixture(autouse=True)
-def counted(record_property):
-    record_property(HEADING, 1)

@@ -88,11 +88,6 @@ def check_same(mine, reference):
     check_accounts(mine, reference, TOLERANCE)
 
 
-@pytest.fixture(autouse=True)
-def counted(record_property):
-    record_property("line: scikit-learn parity cases", 1)
-
-
 @pytest.mark.parametrize("iterations", ITERATIONS)
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("solver", SOLVERS)

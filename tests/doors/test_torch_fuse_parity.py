@@ -96,11 +96,6 @@ SCHEDULES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def counted(record_property):
-    record_property("line: torch parity cases", 1)
-
-
 def targets(kind, scores):
     """Return targets of a batch with these scores (m, OUTPUTS)."""
     labels = scores.argmax(dim=1)

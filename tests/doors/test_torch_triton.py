@@ -29,9 +29,8 @@ def pair(where, module, make_optimizer, loss_fn=None, **options):
 
 
 @pytest.fixture(autouse=True)
-def counted(record_property):
+def seeded():
     torch.manual_seed(0)
-    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

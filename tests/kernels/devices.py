@@ -278,7 +278,6 @@ if REHEARSED:
     GPU = replace(INTERPRETER, name=GPU.name, precisions=("fp32",), tensor_cores=True)
     CUPY_GPU = replace(STAND_IN, name=CUPY_GPU.name, precisions=("fp32",), tensor_cores=True)
 DEVICES = (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
-WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 
 
 @contextlib.contextmanager
