@@ -119,23 +119,6 @@ def test_runs_beside_other_numbers_of_processes_are_not_compared(tmp_path, capsy
     assert f"{quiet} was measured with nothing beside, {one} was measured beside 1 spinning process;" in message
 
 
-def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    names = ("quiet", "one", "two")
-    for busy, name in enumerate(names):
-        written(tmp_path / f"{name}.jsonl", spun(0, busy))
-    page = "".join(f"<!-- bench {name}.jsonl -->\n<!-- /bench -->\n" for name in names)
-    for busy, name in enumerate(names):
-        after = readme.written(page, Path(written(tmp_path / f"new{busy}.jsonl", spun(3, busy))))
-        marks = [f"new{busy}" if one == name else one for one in names]
-        assert re.findall(r"<!-- bench (\S+).jsonl", after) == marks
-        assert after.count("Each turn ran beside 1 spinning process. ") == 1
-        assert after.count("Each turn ran beside 2 spinning processes. ") == 1
-        assert after.count("`python -m bench --busy 2`") == 1
-        # once, below the quiet tables
-        assert after.count("| on a GPU |") == 1
-
-
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_pages_agree_with_the_committed_results(page):
     text = page.read_text(encoding="utf-8")

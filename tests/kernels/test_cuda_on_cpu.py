@@ -1,12 +1,9 @@
 """CUDA C as C++: the results are right in any order of the threads, and violations of CUDA's rules are caught."""
 
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cuda_on_cpu import library
 from cuda_on_cpu.library import HERE, KernelFault, Library
 
 EXAMPLES = (HERE / "examples.cu").read_text(encoding="utf-8")
@@ -169,24 +166,3 @@ def test_subnormal_numbers_are_zero_where_the_option_says_so():
         Library(code, options).launch("test", (1,), (4,), [pointer(x), pointer(y)])
         np.testing.assert_array_equal(y, expected)
         assert np.float32(2.0**-126) / np.float32(2) > 0
-
-
-def test_it_is_compiled_once_whoever_asks(tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: library.build(EXAMPLES, cache=tmp_path), range(4)))
-    (path,) = paths
-    made = path.stat().st_mtime_ns
-    assert library.build(EXAMPLES, cache=tmp_path) == path and path.stat().st_mtime_ns == made
-    assert library.build(EXAMPLES, ["-DOTHER"], cache=tmp_path) != path
-
-
-def test_a_machine_without_a_compiler_is_told(tmp_path):
-    code = (
-        "import importlib.util, sys; find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'ziglang' else find(name)\n"
-        f"sys.path.insert(0, {str(HERE.parent)!r})\nfrom cuda_on_cpu import library\nlibrary.compiler()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
-    )
-    assert "install g++ or clang++, or `pip install ziglang`, or name one in CXX" in done.stderr

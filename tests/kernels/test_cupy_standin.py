@@ -4,7 +4,6 @@ import ast
 import gc
 import inspect
 import json
-import sys
 from pathlib import Path
 
 import check_cupy_names
@@ -13,7 +12,6 @@ import pytest
 
 pytest.importorskip("fcntl", reason="the kernels are compiled for the CPU on Linux only")
 
-import cupy_standin
 from cuda_on_cpu.library import HERE
 from cupy_standin import cublas, streams
 from cupy_standin.memory import CUDARuntimeError, Misuse
@@ -46,21 +44,6 @@ def test_what_it_does_not_know_it_refuses():
             getattr(owner, name.rpartition(".")[2])
     with pytest.raises(TypeError, match="Implicit conversion"):
         np.asarray(array)
-
-
-def test_loading_leaves_no_module_of_that_name_behind():
-    there = {name for name in sys.modules if name.split(".")[0] in ("cupy", "cupy_backends")}
-    cupy_standin.load()
-    assert {name for name in sys.modules if name.split(".")[0] in ("cupy", "cupy_backends")} == there
-    assert "fusemlp_kernels.cupy.backend" in sys.modules
-
-
-def test_assignments_and_indices_that_cupy_would_copy_for_are_refused():
-    array = cupy.zeros(4)
-    with pytest.raises(Misuse, match="assigns numbers and arrays of CuPy, got ndarray"):
-        array[...] = np.ones(4)
-    with pytest.raises(Misuse, match="takes numbers, slices and"):
-        array[[0, 1]]
 
 
 def test_memory_is_poisoned_and_guarded():
@@ -226,17 +209,6 @@ def test_it_has_nothing_that_cupy_has_not():
     mine = check_cupy_names.stand_in()
     assert check_cupy_names.misfits(mine, recorded) == []
     assert set(mine) == set(recorded)
-
-
-def test_another_order_of_parameters_is_noticed():
-    def gemm(handle, m, n, k):
-        raise AssertionError
-
-    assert check_cupy_names.misfits({"f": gemm}, {"f": "f(intptr_t handle, int m, int n, int k, size_t alpha)"}) == []
-    assert "takes ['handle', 'm', 'n', 'k']" in check_cupy_names.misfits({"f": gemm}, {"f": "f(handle, n, m, k)"})[0]
-    assert check_cupy_names.misfits({"f": gemm}, {}) == ["f: CuPy has no such name"]
-    text = "zeros(shape: '_Shape | None', dtype: 'Type' = <class 'float'>, *, order=()) -> 'Array'"
-    assert check_cupy_names.parameters(text) == ["shape", "dtype", "order"]
 
 
 def test_every_name_of_cupy_in_the_backend_is_known():

@@ -318,15 +318,3 @@ def test_a_kernel_without_a_row_of_its_code_is_compiled(monkeypatch):
     assert [one.triton for one in again] == ["other", "3.6.0", "3.6.0", "3.6.0"]
     assert [asked[0].name for asked in compiled] == [variant.name]
     assert [one.seconds for one in again] == [one.seconds for one in times]
-
-
-def test_the_command_prints_the_launches_of_a_step(capsys):
-    assert kernel_model.main(["784", "128", "10"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("Expected by a model of an H100, not measured.")
-    assert [line.split()[0] for line in said.splitlines()[2:]] == [
-        "`linear`", "`linear_loss_grad`", "`grad_input`", "`grad_weight`", "a"
-    ]  # fmt: skip
-    with pytest.raises(SystemExit):
-        kernel_model.main(["784"])
-    assert "expected two widths or more, such as 784 128 10, got [784]" in capsys.readouterr().err
