@@ -306,10 +306,10 @@ def test_losses_and_trainings_that_take_no_gaps_refuse_them(case, tmp_path, caps
 @pytest.mark.parametrize(
     "target, options, message",
     [
-        ("price,age", (), "column 'age': several targets are numbers, and it holds words"),
+        ("price,age", (), "column 'age': several targets are numbers, or yes and no, and it holds words such as 'new'"),
         ("price,rnt", (), "there is no target column 'rnt'; the columns are 'size', 'age', 'price', 'rent'; did you"),
         ("price,rent", ("--drop", "rent"), "--drop: 'rent' is the target"),
-        ("price,rent", ("--task", "classification"), "a classification takes one label a row, shape (n,); train a run"),
+        ("price,rent", ("--task", "classification"), "several labels are 0 or 1 each, yes or no, true or false; found"),
     ],
 )
 def test_wrong_targets(target, options, message, tmp_path, capsys):

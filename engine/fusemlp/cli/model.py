@@ -123,6 +123,8 @@ def predict(options: PredictOptions) -> None:
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
     """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
     report = read_json(Run(options.run).report)
+    if config["preprocessor"]["task"] == "multilabel":
+        raise ArgumentError("interval: several labels a row have none; --proba writes the probability of each")
     if "held_out" not in report:
         trained_with = config["options"]
         if not report:
@@ -146,7 +148,7 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
 
 def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict[str, list[Any]]:
     """Return the predictions (rows, ...) by the names of a table's columns."""
-    classes = preprocessor.classes or ()
+    classes = preprocessor.classes or preprocessor.targets
     columns: list[tuple[str, list[Any]]] = []
     for name, values in predicted.items():
         if name == "in_set":
@@ -321,15 +323,18 @@ def export(options: ExportOptions) -> None:
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
     """Return one line on the inputs and outputs of the exported model."""
     width = engine.network.sizes[0] if scaled else len(preprocessor.feature_names)
-    answers = "values" if preprocessor.classes is None else "labels"
+    answers, units = "labels", "of the data" if preprocessor.classes else "0 or 1"
+    if preprocessor.task == "regression":
+        answers, units = "values", "in original units"
     if not scaled:
-        units = "in original units" if preprocessor.classes is None else "of the data"
         features = zip(preprocessor.feature_names, preprocessor.sources, strict=True)
         named = ", ".join(repr(name) for name, source in features if name != source)
         dates = f", but of dates {named}" if named else ""
         each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
         return f"takes the {counted(width, 'feature')} as they are in the data{dates}{each}, gives {answers} {units}"
-    if preprocessor.classes is None:
+    if preprocessor.task == "multilabel":
+        gives = "0 or 1 for each label"
+    elif preprocessor.classes is None:
         gives = "values as the run scales them"
     else:
         gives = "a value for each class" if preprocessor.one_hot_targets else "class indices"

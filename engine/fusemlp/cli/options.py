@@ -83,7 +83,9 @@ class DataOptions(TextOptions, JsonOption):
         recipe.names_or_files(NAMES),
     )
 
-    target: str | None = _data(None, "The column of a table to predict; several columns of numbers as a,b.", "COLUMN")
+    target: str | None = _data(
+        None, "The column of a table to predict; several columns of numbers, or of yes and no, as a,b.", "COLUMN"
+    )
     task: str | None = _data(
         None,
         f"{{}}; by default words and at most {MOST_CLASSES} different whole numbers, unless like counts, are classes.",

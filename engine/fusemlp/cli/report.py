@@ -62,7 +62,8 @@ def describe_training(session: Session) -> str:
 def describe_data(prepared: Prepared) -> str:
     """Return one line on the rows, after those on the reading of a table."""
     about, inputs = prepared.summary, counted(prepared.network.sizes[0], "input")
-    outputs = counted(prepared.preprocessor.outputs, "target" if prepared.preprocessor.classes is None else "class")
+    nouns = {"regression": "target", "multilabel": "label", "classification": "class"}
+    outputs = counted(prepared.preprocessor.outputs, nouns[prepared.dataset.task])
     rows = f"{about['name']}: {prepared.training_rows}, {counted(about['test_rows'], 'test row')}"
     notes = [note for note in prepared.notes if note not in prepared.warned]
     return "\n".join([*notes, f"{rows}; {inputs}, {outputs}"])

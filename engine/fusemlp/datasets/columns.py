@@ -11,10 +11,9 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from fusemlp.datasets.codes import EXAMPLES, ORDERS, orders_of, parse_date
-from fusemlp.datasets.textfiles import MISSING, number, text_array
+from fusemlp.datasets.textfiles import MISSING, number, text_array, truth_values
 from fusemlp.describe.text import Problems
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
 
 # A column of this share of numbers, by cells or by different values, holds numbers, and its other cells are mistakes;
 # but a column of numbers and words that has this many different values or fewer holds words.
@@ -379,10 +378,12 @@ class Target:
         return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
 
     def with_gaps(self, present: Array) -> Array:
-        """Return the numbers of all rows, of which those that have one are ``present``, with NaN for the others."""
-        if len(present) and present.dtype.kind not in "biuf":
-            place = f"{self.problems.source}, column {self.name!r}"
-            raise DataError(f"{place}: several targets are numbers, and it holds words; train a run for each")
+        """Return the numbers of all rows, of which those that have one are ``present``, with NaN for the others.
+
+        Words for yes and no are 1 and 0.
+        """
+        if present.dtype.kind not in "biuf":
+            present = truth_values(f"{self.problems.source}, column {self.name!r}", present)
         whole = np.full(len(self.missing), np.nan)
         if len(present):
             whole[~self.missing] = present

@@ -9,7 +9,7 @@ import numpy as np
 
 from fusemlp.datasets.codes import Categories, Features
 from fusemlp.datasets.tables import Place, wrong_weights
-from fusemlp.datasets.textfiles import MISSING
+from fusemlp.datasets.textfiles import MISSING, truth_values
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -41,7 +41,8 @@ class Dataset:
     """Features and labels as they are in the source.
 
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
-    str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
+    str, or (n, k) float64 for a regression with several targets, or for several labels a row, each 0 or 1. ``task`` is
+    "classification", "regression" or, of the latter, "multilabel".
     ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data, or X and y of
     a file of its own, as is ``validation``; ``test_source`` says which.
     ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
@@ -103,6 +104,17 @@ class Dataset:
         """The distinct labels, sorted, those of the other sets among them: every split has the same."""
         others = (part[1] for part in (self.validation, self.test) if part is not None)
         return np.unique(np.concatenate([self.y, *others]))
+
+
+def check_labels(place: str, y: Array) -> Array:
+    """Return labels (n, k) as float64, NaN for a missing one; DataError, with ``place``, unless they are 0 and 1."""
+    values = y.astype(np.float64) if y.dtype.kind in "biuf" else truth_values(place, y)
+    if len(wrong := values[~np.isin(values, (0.0, 1.0)) & ~np.isnan(values)]):
+        raise DataError(
+            f"{place}: several labels are 0 or 1 each, yes or no, true or false; found {wrong[0]:g}; train a run for "
+            "each of other classes, or a regression of numbers"
+        )
+    return values
 
 
 def target_names(name: str, count: int) -> tuple[str, ...]:

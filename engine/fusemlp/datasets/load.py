@@ -19,7 +19,7 @@ from fusemlp.datasets.arrays import features_of_npz, from_path, named
 from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
-from fusemlp.datasets.dataset import missing_share, roles, targets_in, times, weights, without_useless
+from fusemlp.datasets.dataset import check_labels, missing_share, roles, targets_in, times, weights, without_useless
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, Place
 from fusemlp.datasets.textfiles import MISSING, Form
@@ -27,7 +27,7 @@ from fusemlp.describe.text import counted, listed, meant, some
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
-TASKS = ("classification", "regression")
+TASKS = ("classification", "regression", "multilabel")
 NAMES = ("digits", *tables.SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
@@ -59,7 +59,8 @@ def load_data(
     ``task`` None infers: words and truth values are classes; numbers with decimals are measurements; whole numbers
     are classes if there are at most ``MOST_CLASSES`` distinct ones and at least twice as many rows, unless there are
     more than ``MANY_CLASSES`` and some are rare, as of counts. Small whole numbers such as counts and ages are
-    ambiguous: pass ``task="regression"`` for them.
+    ambiguous: pass ``task="regression"`` for them. Several targets are several labels a row ("multilabel", or
+    "classification") if all hold 0 and 1, yes and no or truth values, else a regression.
 
     Raises ArgumentError for an unknown name, DataError for any problem with the files.
     """
@@ -129,7 +130,8 @@ def load_labelled(
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or tables.is_table(path):
         X, table = _read_like(path, like, form or Form(), notes, ignore_unused, targets=like.targets)
-        return X, _labels(table, like.targets)
+        y = _labels(table, like.targets)
+        return X, check_labels(str(path), y) if like.task == "multilabel" else y
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
@@ -178,7 +180,7 @@ def _read_like(
         kinds=kinds,
         known_labels=words,
         notes=notes,
-        task="regression" if like.task == "regression" else None,
+        task=None if like.task == "classification" else "regression",
     )
     if ids is not None:
         carries = {} if carried == () else tables.read_cells(path, form, carried, typed=typed)
@@ -192,7 +194,7 @@ def _read_like(
 def infer_task(y: Array) -> str:
     """Return the task that ``load_data`` infers for ``task=None``."""
     if y.ndim == 2:
-        return "regression"
+        return "multilabel" if (np.isin(y, (0, 1)) | np.isnan(y)).all() else "regression"
     if y.dtype.kind not in "iuf":
         return "classification"
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
@@ -212,10 +214,11 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
             "cannot be the target of a regression; use task='classification'"
         )
     if chosen == "classification" and y.ndim == 2:
-        raise DataError(
-            f"{dataset.name}: y has shape {y.shape}, a classification takes one label a row, shape (n,); train a run "
-            "for each, or take MLPClassifier, which learns several labels, y (n, labels), of columns of numbers"
-        )
+        chosen = "multilabel"
+    if chosen == "multilabel":
+        if y.ndim == 1:
+            raise DataError(f"{dataset.name}: multilabel takes several targets; give them, or task 'classification'")
+        check_labels(dataset.name, y)
     shapes, of_test = ([array.shape for array in part] for part in ((dataset.X, y), dataset.test or (dataset.X, y)))
     if [shape[1:] for shape in of_test] != [shape[1:] for shape in shapes]:
         raise DataError(

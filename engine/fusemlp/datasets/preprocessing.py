@@ -73,12 +73,13 @@ class Preprocessor:
     those in ``shared``, which are rare or absent in the training rows. They and unseen words (NaN) are one other
     category: it has a column if training rows filled it (``other_inputs``), and is 0 in all columns otherwise. Each of
     these four may be empty: no column has any. ``dates`` are the columns of dates whose parts are features, with the
-    order of day, month and year in their text. ``classes`` are the labels in sorted order (None for a regression),
-    whose targets become (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below
-    ``target_low``, the least of the training rows, counts as that one there. ``ids`` are the columns that name the rows
-    of a table, ``unused`` its other columns that are no inputs. With ``joins_spellings`` a new word or label that reads
-    as the same number as a single one of the training data, "10" as "10.0", is that one; earlier releases, whose
-    preprocessors lack the entry, took it for an unseen one. ``decimals`` are the dataset's.
+    order of day, month and year in their text. ``classes`` are the labels in sorted order (None for a regression
+    or several labels a row). Targets of a regression become (y - target_shift) / target_scale, with ``target_log`` of
+    their logarithms; a target below ``target_low``, the least of the training rows, counts as that one there. ``ids``
+    are the columns that name the rows of a table, ``unused`` its other columns that are no inputs. With
+    ``joins_spellings`` a new word or label that reads as the same number as a single one of the training data, "10" as
+    "10.0", is that one; earlier releases, whose preprocessors lack the entry, took it for an unseen one. ``decimals``
+    are the dataset's.
     """
 
     task: str
@@ -358,8 +359,12 @@ class Preprocessor:
     def decode_predictions(self, predictions: Any) -> Array:
         """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units.
 
+        Several labels (n, labels) stay 0 and 1.
+
         Values of one target may be (n, columns), such as its quantiles.
         """
+        if self.task == "multilabel":
+            return to_array("predictions", predictions)
         if self.classes is not None:
             codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
             return np.asarray(np.array(self.classes)[codes])

@@ -200,7 +200,7 @@ def among(rows: Hashes, known: Hashes) -> int:
 
 def _numbers(dataset: Dataset, y: Array) -> Array:
     """Return labels as numbers: the places of classes, or the values of a regression."""
-    return y if dataset.task == "regression" else np.searchsorted(dataset.classes, y)
+    return np.searchsorted(dataset.classes, y) if dataset.task == "classification" else y
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +218,14 @@ class Rows:
 
 def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
     """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them."""
-    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
+    scale_targets = loss != "poisson" and dataset.task != "multilabel"
+    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=scale_targets, **options)
 
 
 def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
     """Return the widths of the network's first and last layer."""
-    return preprocessor.width, 1 if loss == "binary_cross_entropy" else preprocessor.outputs
+    of_two = loss == "binary_cross_entropy" and preprocessor.classes is not None
+    return preprocessor.width, 1 if of_two else preprocessor.outputs
 
 
 def rows_for(

@@ -24,6 +24,7 @@ import numpy as np
 
 from fusemlp.describe.checks import arrow
 from fusemlp.describe.text import listed
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 # From the least likely to stand in text.
@@ -45,6 +46,9 @@ _ASCII = bytes(range(9, 127))
 _CURRENCY = r"(?:[$\u00a2-\u00a5\u20a0-\u20c0]|EUR|USD|GBP|CHF|JPY)?"
 # A number with a mark: digits, thousands, the last mark, digits.
 _MARKED = re.compile(r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?")
+# Labels of which a row has several.
+_TRUTH = dict.fromkeys(("1", "1.0", "yes", "y", "true", "t"), 1.0)
+_TRUTH |= dict.fromkeys(("0", "0.0", "no", "n", "false", "f"), 0.0)
 # Digits and points that are no number: a version, a date, an address of the internet.
 _DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 # Cells of one form become one text.
@@ -237,6 +241,18 @@ def number(text: str, decimal: str = ".") -> float | None:
     value = float(f"{digits}.{match['part'] or '0'}{match['power'] or ''}")
     value = value / 100 if match["percent"] else value
     return -value if {match["sign"], match["minus"]} & {"-", "\u2212"} else value
+
+
+def truth_values(place: str, words: Array) -> Array:
+    """Return words for yes and no as 1.0 and 0.0, NaN for a missing one; DataError, with ``place``, for others."""
+    different, codes = np.unique(words.astype(str), return_inverse=True)
+    values = [_TRUTH.get(word.lower(), np.nan if word in MISSING else None) for word in different.tolist()]
+    if None in values:
+        raise DataError(
+            f"{place}: several targets are numbers, or yes and no, and it holds words such as "
+            f"{different[values.index(None)].item()!r}; train a run for each"
+        )
+    return np.array(values, np.float64)[codes].reshape(words.shape)
 
 
 def is_compressed(path: Path) -> bool:

@@ -41,8 +41,10 @@ class Judged:
         return Judged(self.truth[rows], self.predicted[rows], scores, weight, self.quantile)
 
     def of_target(self, at: int) -> Judged:
-        """Return one of several targets of numbers."""
-        return replace(self, truth=self.truth[:, [at]], predicted=self.predicted[:, [at]])
+        """Return one of several targets: of numbers a column, of labels two, which scikit-learn takes for labels."""
+        columns = [at] if self.scores is None else [at, at]
+        scores = None if self.scores is None else self.scores[:, columns]
+        return replace(self, truth=self.truth[:, columns], predicted=self.predicted[:, columns], scores=scores)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,10 @@ class Metric:
             return self.of(rows)
         scores = []
         for at, kept in enumerate(~missing.T):
-            # twice: scikit-learn takes one column of labels for classes
-            part, column = rows.part(kept), [at, at]
-            predicted, score = part.predicted[:, column], None if part.scores is None else part.scores[:, column]
-            truth = part.truth[:, column].astype(predicted.dtype)
+            part = rows.part(kept).of_target(at)
+            part = replace(part, truth=part.truth.astype(part.predicted.dtype))
             counted = kept.any() and (part.weight is None or part.weight.any())
-            scores.append(self.of(replace(part, truth=truth, predicted=predicted, scores=score)) if counted else np.nan)
+            scores.append(self.of(part) if counted else np.nan)
         return float(np.mean([score for score in scores if not np.isnan(score)] or np.nan))
 
 

@@ -103,18 +103,26 @@ class Evidence:
 
     @property
     def probable(self) -> bool:
-        """True if the model gives probabilities of classes."""
-        return self.preprocessor.classes is not None and self.engine.loss.is_classification
+        """True if the model gives probabilities of classes or labels."""
+        return self.engine.loss.is_classification
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, or of the targets."""
+        return self.preprocessor.labels or self.preprocessor.targets
 
     def rocs(self) -> list[tuple[str, Array, Array]]:
-        """Return name and rates of false and true positives of the classes with the least AUC; of two, the second's."""
+        """Return name and rates of false and true positives of the classes or labels with the least AUC.
+
+        Of two classes they are those of the second.
+        """
         from sklearn.metrics import auc, roc_curve
 
         curves = []
-        names, scores = self.preprocessor.labels, self.judged.scores
+        names, truth, scores = self.names, self.judged.truth, self.judged.scores
         assert scores is not None
-        for code in range(int(len(names) == 2), len(names)):
-            of_class = self.judged.truth == code
+        for code in range(int(truth.ndim == 1 and len(names) == 2), len(names)):
+            of_class = truth == code if truth.ndim == 1 else truth[:, code] == 1
             # one row has no curve
             if 1 < of_class.sum() < len(of_class):
                 false, true, _ = roc_curve(of_class, scores[:, code])
@@ -126,11 +134,15 @@ class Evidence:
     def calibration(self) -> tuple[Array, Array]:
         """Return the mean prediction and the observed mean of each tenth of the rows, in the order of the predictions.
 
-        Of two classes it is the probability of the second, of more that of the predicted one; of numbers the value.
+        Of two classes it is the probability of the second, of more that of the predicted one, of labels that of each,
+        of numbers the value.
         """
         judged = self.judged
+        there = ~np.isnan(judged.truth)
         if judged.scores is None:
-            said, observed = (part[~np.isnan(judged.truth[:, 0]), 0] for part in (judged.predicted, judged.truth))
+            said, observed = (part[there[:, 0], 0] for part in (judged.predicted, judged.truth))
+        elif judged.truth.ndim == 2:
+            said, observed = judged.scores[there], judged.truth[there]
         elif judged.scores.shape[1] == 2:
             said, observed = judged.scores[:, 1], judged.truth
         else:
@@ -170,7 +182,8 @@ class Evidence:
         groups = sorted(self._groups().items(), key=lambda group: -float(varies[group[1]].max()))
         # R2 has no unit, and targets may have several
         of_numbers = "r2" if len(self.preprocessor.targets) > 1 else "rmse"
-        metric = METRICS[of_numbers if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
+        by_class = "log_loss" if self.probable and judged.truth.ndim == 1 else "auc"
+        metric = METRICS[of_numbers if judged.scores is None else by_class]
 
         def scored(changed: Array) -> float:
             value = metric.of_rows(self._judge(changed, labels))
@@ -197,7 +210,7 @@ class Evidence:
     def surprise(self) -> Array:
         """Return the probability (or output) of the true class of each row, or the absolute error of a number.
 
-        Of several targets it is the mean of the errors in deviations of each target.
+        Of several targets it is the mean of the errors in deviations of each target, of labels the mean probability.
         """
         judged = self.judged
         if judged.scores is None:
@@ -206,13 +219,16 @@ class Evidence:
                 deviation = np.nanstd(judged.truth, axis=0)
                 errors /= np.where(deviation > 0.0, deviation, 1.0)
             return np.asarray(np.nanmean(errors, axis=1))
+        if judged.truth.ndim == 2:
+            return np.asarray(np.nanmean(1.0 - np.abs(judged.truth - judged.scores), axis=1))
         return np.asarray(judged.scores[np.arange(len(judged.truth)), judged.truth])
 
     def worst(self) -> list[int]:
         """Return the places of the wrong rows whose true class is the least probable, or of the largest errors."""
         if self.judged.scores is None:
             return [int(at) for at in np.argsort(-self.surprise(), kind="stable")[:WORST]]
-        wrong = np.flatnonzero(self.judged.truth != self.judged.predicted)
+        wrong = (self.judged.truth != self.judged.predicted) & ~np.isnan(self.judged.truth)
+        wrong = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))
         return [int(at) for at in wrong[np.argsort(self.surprise()[wrong], kind="stable")][:WORST]]
 
     def spelled(self, at: int, feature: int) -> str:
@@ -268,14 +284,14 @@ def certify(
     check_together({**engine.network.uses, "bounds": argument})
     low, high = reach(preprocessor, cells, eps, engine.precision)
     bounds = Propagation(engine)
-    if preprocessor.classes is None:
+    if preprocessor.task == "regression":
         with np.errstate(all="ignore"):
             ends = [engine.loss.judged(engine.loss.transform(end))[0] for end in bounds.outputs(low, high)]
             least, most = map(preprocessor.decode_predictions, ends)
             return {"eps": eps, "width": float(np.mean(most - least))}
-    codes = preprocessor.class_codes(labels)
+    codes = preprocessor.encode_targets(labels)
     if engine.loss.kind == "binary_cross_entropy":
-        certified = bounds.certified_labels(low, high, codes[:, None] == 1)
+        certified = bounds.certified_labels(low, high, codes.reshape(len(codes), -1) == 1)
     else:
         certified = bounds.certified(low, high, codes)
     return {"eps": eps, "accuracy": float(certified.mean())}

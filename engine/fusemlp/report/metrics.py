@@ -63,12 +63,20 @@ def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
 
 def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Judged:
     """Return the truth of rows beside predictions and scores; numbers in original units."""
+    if preprocessor.task == "multilabel":
+        return labels_judged(labels, class_scores(engine, X))
     if preprocessor.classes is None:
         truth = np.asarray(labels, np.float64).reshape(len(X), -1)
         predicted, quantile = engine.loss.judged(engine.inference.predict(X))
         return Judged(truth, preprocessor.decode_predictions(predicted).reshape(truth.shape), quantile=quantile)
     scores = class_scores(engine, X)
     return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
+
+
+def labels_judged(truth: Array, scores: Array) -> Judged:
+    """Return labels (n, N), NaN for a missing one, beside the scores of each, of which more than one half means yes."""
+    truth = truth if np.isnan(truth).any() else truth.astype(np.int64)
+    return Judged(truth, (scores > 0.5).astype(np.int64), scores)
 
 
 def score(
@@ -80,6 +88,8 @@ def score(
     report |= figures(judged, probable=engine.loss.is_classification)
     if len(names := preprocessor.targets) > 1:
         report["targets"] = {name: figures(judged.of_target(at), probable=False) for at, name in enumerate(names)}
+    if judged.truth.dtype.kind == "i" and judged.truth.ndim == 2:
+        report["subset_accuracy"] = float((judged.truth == judged.predicted).all(axis=1).mean())
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     if isinstance(engine.loss, Quantiles):
@@ -117,12 +127,13 @@ def _loss(engine: Session, X: Array, y: Array, weight: Any) -> float:
 
 
 def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
-    """Return the scores of classes or numbers; ``probable``: the scores of classes are probabilities."""
+    """Return the scores of classes, labels or numbers; ``probable``: the scores of classes are probabilities."""
     if judged.scores is None:
         return {name: metric.of_rows(judged) for name, metric in metrics_for("numbers").items()}
-    metrics = metrics_for("classes" if probable else "one-hot rows")
-    accuracy = float(np.mean(judged.truth == judged.predicted))
-    return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in metrics.items()}}
+    several = judged.truth.ndim == 2
+    metrics = metrics_for("labels" if several else "classes" if probable else "one-hot rows")
+    accuracy = float(np.mean((judged.truth == judged.predicted)[~np.isnan(judged.truth)]))
+    return {"accuracy": accuracy, **{name: metric.of_rows(judged) for name, metric in metrics.items()}}
 
 
 def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
@@ -176,7 +187,9 @@ def plain(value: float) -> str:
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar scores that are defined and say more than the others: no median pinball, no second loss."""
-    scores = {name: report[name] for name in ("loss", "accuracy", *METRICS) if report.get(name) is not None}
+    scores = {
+        name: report[name] for name in ("loss", "accuracy", "subset_accuracy", *METRICS) if report.get(name) is not None
+    }
     for name, other, share in (("log_loss", "loss", 1.0), ("pinball", "mae", 0.5)):
         if name in scores and math.isclose(scores[name], share * scores[other], rel_tol=1e-4):
             del scores[name]
@@ -206,7 +219,7 @@ def baselines(
     """Return the test scores of both, fitted on X (n, inputs), which may be overwritten, and the labels.
 
     "constant" is the shares of the classes or the mean, "linear" a logistic regression, of classes that weigh alike if
-    ``balanced``, or a ridge regression.
+    ``balanced``, or a ridge regression, also of labels.
     """
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
@@ -215,7 +228,8 @@ def baselines(
         parts = [(slice(None), slice(None))] if there.all() else [(kept, [at]) for at, kept in enumerate(there.T)]
         linear = np.hstack([ridge(X[kept], values[kept][:, at], test_X) for kept, at in parts])
         predicted = {"constant": np.broadcast_to(np.nanmean(values, axis=0), truth.shape), "linear": linear}
-        return {name: figures(Judged(truth, numbers), probable=False) for name, numbers in predicted.items()}
+        judges = labels_judged if preprocessor.task == "multilabel" else Judged
+        return {name: figures(judges(truth, numbers), probable=False) for name, numbers in predicted.items()}
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -324,8 +338,9 @@ def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], 
     rows = counted(test["rows"], "test row")
     if figure != "r2":
         of = rows if figure == "accuracy" else f"the rows of a class on average, {rows} in all"
+        of, alone = (f"the labels of {of}", "answer to each") if "targets" in test else (of, "class")
         line = f"right on {mine:.1%} of {of}, a linear model on {linear:.1%}"
-        yield f"{line}, the most frequent class alone on {least:.1%}"
+        yield f"{line}, the most frequent {alone} alone on {least:.1%}"
     else:
         line = f"explains {mine:.1%} of the variation in {rows}, a linear model {linear:.1%}"
         # the errors of several targets may have other units

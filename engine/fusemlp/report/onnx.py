@@ -210,7 +210,7 @@ def _add_outputs(
     def flat(values: Tensor) -> Tensor:
         return graph.add("Squeeze", values, np.array([1])) if width == 1 else values
 
-    if labels is None and preprocessor is not None:
+    if preprocessor is not None and not loss.is_classification:
         scale, shift = np.array([preprocessor.target_scale, preprocessor.target_shift], np.float64)
         answer = answer * scale + shift
         answer = graph.add("Exp", answer) if preprocessor.target_log else answer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.tables import reason
-from fusemlp.describe.metrics import rises
+from fusemlp.describe.metrics import Judged, rises
 from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
@@ -156,14 +156,15 @@ def _numbers(evidence: Evidence) -> Section:
 
 def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
     """Yield confusion matrix, ROC and calibration."""
-    names = list(test["classes"])
-    if len(names) <= MOST_CLASSES:
+    names = evidence.names
+    if "confusion_matrix" in test and len(names) <= MOST_CLASSES:
         yield {"title": "Confusion matrix", "rows": confusion_table(test), "counts": test["confusion_matrix"]}
     lines = [Line(*roc, colour) for colour, roc in enumerate(evidence.rocs())]
-    some = f": the {len(lines)} classes with the least AUC" if len(lines) < len(names) > 2 else ""
+    some = f": the {len(lines)} with the least AUC" if len(lines) < len(names) > 2 else ""
     charts = [Chart(f"ROC{some}", lines, "false positives", "true positives", diagonal="by chance")]
     if evidence.probable:
         of = names[1] if len(names) == 2 else "the predicted class"
+        of = "each label" if evidence.judged.truth.ndim == 2 else of
         lines = [Line("a tenth of the rows at each point", *evidence.calibration())]
         charts.append(Chart("Calibration", lines, f"probability of {of}", "observed share", diagonal="calibrated"))
     if drawings := _drawings(charts):
@@ -201,13 +202,13 @@ def _worst(evidence: Evidence, importance: Importance | None) -> Section:
     ranked = [] if importance is None else np.concatenate(importance.features).tolist()
     order = list(dict.fromkeys([*ranked, *range(len(preprocessor.feature_names))]))
     shown = [] if evidence.image else order[:MOST_CELLS]
-    kind = "error" if preprocessor.classes is None else "probability" if evidence.probable else "output"
-    kind += " in deviations" if len(preprocessor.targets) > 1 else ""
+    kind = "error" if judged.scores is None else "probability" if evidence.probable else "output"
+    kind += "" if len(preprocessor.targets) == 1 else " in deviations" if judged.scores is None else " of what is true"
     kind += "" if preprocessor.classes is None else " of the true class"
     columns = ["image"] if evidence.image else [preprocessor.feature_names[at] for at in shown]
     rows: list[list[Any]] = [["row", *evidence.ids, "true", "predicted", kind, *columns]]
     for at in evidence.worst():
-        values = [_value(source[at], preprocessor.labels) for source in (judged.truth, judged.predicted)]
+        values = [_value(source[at], evidence.names, judged) for source in (judged.truth, judged.predicted)]
         cells: list[Any] = [evidence.spelled(at, feature) for feature in shown]
         if evidence.image:
             image = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
@@ -225,9 +226,11 @@ def _named(name: str) -> str:
     return NAMES.get(name, name.replace("_", " "))
 
 
-def _value(value: Any, labels: Sequence[str]) -> str:
-    """Return a class, or numbers, as text."""
-    return labels[value] if labels else ", ".join(map(plain, value))
+def _value(value: Any, names: Sequence[str], judged: Judged) -> str:
+    """Return a class, the labels that apply, or numbers, as text."""
+    if judged.scores is None:
+        return ", ".join(map(plain, value))
+    return names[value] if judged.truth.ndim == 1 else ", ".join(np.array(names)[value == 1].tolist())
 
 
 def png(pixels: Array) -> bytes:

@@ -114,10 +114,12 @@ def judged(
     """Scale the logits of classifiers by the temperature of held-out rows; return the errors of these rows, and it.
 
     They are the ``validation`` rows; without these ``engine`` was merged of ``parts``, each with those of the ``train``
-    rows that it was not trained on. None where there are no such rows.
+    rows that it was not trained on. None where there are no such rows, and of several labels a row.
     """
     models: Sequence[tuple[Session, Array | slice]] = parts
     rows, temperature = train, None
+    if preprocessor.task == "multilabel":
+        return None, None
     if validation is not None:
         models, rows = [(engine, slice(None))], validation
     if not models:
@@ -192,13 +194,15 @@ def intervals(
 def spread(models: Sequence[Session], preprocessor: Preprocessor, X: Array, chosen: Array) -> Array:
     """Return the standard deviation over models of their predictions, shaped like ``chosen``, in original units.
 
-    Of classes it is that of the probability of ``chosen``, the codes (n,) of the merged model's classes.
+    Of classes it is that of the probability of ``chosen``, the codes (n,) of the merged model's classes, and of several
+    labels that of the probability of each.
     """
     every = np.arange(len(X))
-    each = [
-        predictions(model, preprocessor, X) if preprocessor.classes is None else class_scores(model, X)[every, chosen]
-        for model in models
-    ]
+    if preprocessor.task == "regression":
+        each = [predictions(model, preprocessor, X) for model in models]
+    else:
+        of = (slice(None),) if chosen.ndim == 2 else (every, chosen)
+        each = [class_scores(model, X)[of] for model in models]
     return np.asarray(np.std(each, axis=0))
 
 

@@ -23,6 +23,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted
 
 from fusemlp.callbacks import ProgressBar
+from fusemlp.datasets.dataset import check_labels
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
@@ -174,7 +175,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         like = None if source is None else source.preprocessor
         dataset = read(self, X, y, self._checked_targets, sample_weight, like)
         if self.task == "classification":
-            self.classes_ = dataset.classes
+            self.classes_ = np.array(dataset.targets) if dataset.y.ndim == 2 else dataset.classes
         if X_val is not None:
             dataset = with_validation(dataset, self, X_val, y_val, self._checked_targets)
         elif not recipe.early_stopping:
@@ -211,7 +212,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         """
         folder, config = runs.open_run(run)
         preprocessor = Preprocessor.from_config(config["preprocessor"])
-        if (task := preprocessor.task) != cls.task:
+        if (task := preprocessor.task) != cls.task and {task, cls.task} != {"multilabel", "classification"}:
             raise ArgumentError(f"run: {str(run)!r} is of a {task}, and {cls.__name__} is for a {cls.task}")
         engine = load_checkpoint(runs.weights_path(folder, weights), backend=backend, device=device)
         if engine.history is None:
@@ -237,7 +238,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             early_stopping=options.get("early_stopping") or None,
             models=options.get("models") or 1,
             scale=preprocessor.scale,
-            log_target=preprocessor.target_log if preprocessor.classes is None else None,
+            log_target=preprocessor.target_log if task == "regression" else None,
             random_state=engine.seed,
             backend=backend,
             precision=engine.precision,
@@ -250,8 +251,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             description.stored("held_out", report["held_out"], HeldOut) if "held_out" in report else None
         )
         estimator.temperature_ = report.get("temperature", 1.0)
-        if preprocessor.classes is not None:
-            estimator.classes_ = np.array(preprocessor.classes)
+        if task != "regression":
+            estimator.classes_ = np.array(preprocessor.classes or preprocessor.targets)
         estimator.feature_names_in_ = np.array(list(dict.fromkeys(preprocessor.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
@@ -314,6 +315,10 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
 
     def _held_out_errors(self) -> HeldOut:
         check_is_fitted(self)
+        if self.preprocessor_.task == "multilabel":
+            raise ArgumentError(
+                "coverage: several labels a row have no sets; predict_proba has the probability of each"
+            )
         if self.held_out_ is None:
             raise ArgumentError("coverage: no held-out rows came with fit; fit with early_stopping, or X_val and y_val")
         return self.held_out_
@@ -387,22 +392,28 @@ def _gives_probabilities(estimator: Any) -> bool:
 
 
 class TableClassifier(ClassifierMixin, TableEstimator):
-    """A network for the classes of a table's rows, trained as ``fusemlp train`` trains it."""
+    """A network for the classes of a table's rows, trained as ``fusemlp train`` trains it.
+
+    With y (n, labels) of 0 and 1 or truth values it learns several labels a row, a DataFrame's with their names.
+    """
 
     task = "classification"
 
     def _checked_targets(self, y: Any) -> Array:
+        if np.ndim(y) == 2 and np.shape(y)[1] > 1:
+            return check_labels("y", np.asarray(y))
         labels: Array = _check_y(y, estimator=self)
         check_classification_targets(labels)
         return labels
 
     def predict(self, X: Any) -> Array:
-        """Return the classes (n,) of a table's rows."""
+        """Return the classes (n,) of a table's rows, or 0 and 1 for several labels (n, labels)."""
         inputs = self._inputs(X)
-        return np.asarray(self.classes_[metrics.predicted_codes(self.engine_, self.preprocessor_, inputs)])
+        codes = metrics.predicted_codes(self.engine_, self.preprocessor_, inputs)
+        return codes if self.preprocessor_.classes is None else np.asarray(self.classes_[codes])
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the accuracy on the rows that have a label."""
+        """Return the accuracy on the rows that have a label, of several the share of rows with all labels right."""
         from sklearn.metrics import accuracy_score
 
         kept, truth, weight = self._scored_rows(X, y, sample_weight)
@@ -411,7 +422,10 @@ class TableClassifier(ClassifierMixin, TableEstimator):
     @available_if(_gives_probabilities)
     @checks.knows_names(OF_PREDICT, call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:
-        """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
+        """Return the probabilities (n, classes), or (n, labels), in the order of ``classes_``.
+
+        Not with the losses mse, mae and huber.
+        """
         inputs = self._inputs(X)
         return self.engine_.predict_proba(inputs)
 
@@ -423,6 +437,11 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         """
         held = self._held_out_errors()
         return sets(self.predict_proba(X), held, coverage)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
 
 
 class TableRegressor(RegressorMixin, TableEstimator):

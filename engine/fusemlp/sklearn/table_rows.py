@@ -136,7 +136,8 @@ def read(
     # those of a data frame have names
     name = ",".join(map(str, y.columns)) if hasattr(y, "columns") else str(getattr(y, "name", None) or target)
     name = target if name in table.column_names else name
-    about: Any = {"task": estimator.task, "target_name": name, "notes": (*notes, *dataset.notes)}
+    task = "multilabel" if estimator.task == "classification" and labels.ndim == 2 else estimator.task
+    about: Any = {"task": task, "target_name": name, "notes": (*notes, *dataset.notes)}
     # rows without a weight are left out
     labels = labels[dataset.y]
     return replace(dataset, y=labels, weight=dataset.weight if weight is None else weight, **about)

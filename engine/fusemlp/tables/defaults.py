@@ -114,7 +114,7 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, i
         if not recipes.LEAST_ROWS <= rows <= recipes.MOST_ROWS:
             reason = f"tabm is for {recipes.LEAST_ROWS:,} to {recipes.MOST_ROWS:,} rows, and these are {rows:,}"
         elif not classify:
-            reason = "tabm is for classes, and the target holds numbers; --preset tabm takes them too"
+            reason = "tabm is for classes, one a row, and the target holds others; --preset tabm takes them too"
         elif obstacles:
             reason = f"tabm does not take what was given for {', '.join(obstacles)}"
         # a resumed run has its preset in its options; with a time limit the members' training is too long
@@ -293,7 +293,7 @@ def _error(
     time_limit: float | None,
 ) -> float:
     """Return the rmse, or loss, of held-out rows: infinite if a model diverged, NaN if the time was too short."""
-    classify, labels = preprocessor.classes is not None, dataset.y[rows]
+    by_loss, labels = preprocessor.task != "regression", dataset.y[rows]
     # several targets weigh alike
     units = labels.std(axis=0) if labels.ndim > 1 else 1.0
     X = network_inputs(preprocessor, dataset.X, fleet.first.precision, rows, codes=True)
@@ -313,11 +313,11 @@ def _error(
             return math.inf
         if len(member.history.epochs) <= TRIAL_PATIENCE:
             return math.nan
-        if classify:
+        if by_loss:
             total += member.scores["val_loss"] * len(held)
         else:
             predicted = preprocessor.decode_predictions(member.engine.predict(X[held]))
             errors = (predicted - labels[held]) / np.where(units == 0, 1.0, units)
             total += float(np.sum(errors**2)) / predicted[0].size
     mean = total / sum(map(len, held_out))
-    return mean if classify else float(np.sqrt(mean))
+    return mean if by_loss else float(np.sqrt(mean))

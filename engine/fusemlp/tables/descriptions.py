@@ -152,11 +152,16 @@ def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", mem
 
 def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
     """Return the kind of the recipe's loss or the task's default, checked; ``classes`` is 0 for a regression."""
-    classify = task == "classification"
-    chosen = as_loss(recipe.loss or ("cross_entropy" if classify else "mse"))
+    classify, usual = (
+        task == "classification",
+        {"classification": "cross_entropy", "multilabel": "binary_cross_entropy"},
+    )
+    chosen = as_loss(recipe.loss or usual.get(task, "mse"))
     check_together({**chosen.uses, "table": True})
     name = chosen.kind
-    if as_loss(name).is_classification and not classify:
+    if task == "multilabel" and name != usual[task]:
+        raise ArgumentError(f"loss: {name!r} is not for several labels a row; leave it out, or train on one target")
+    if as_loss(name).is_classification and task == "regression":
         raise ArgumentError(
             f"loss: {name!r} is for classes, and this is a regression; use mse, mae, huber, quantile, poisson, "
             "quantiles or gaussian, or train on classes: --task classification, TableClassifier"
@@ -166,7 +171,7 @@ def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
             f"loss: {name!r} is for numbers, and the target holds classes; use cross_entropy, binary_cross_entropy, "
             "mse, mae or huber, or train on numbers: --task regression, TableRegressor"
         )
-    if name == "binary_cross_entropy" and classes != 2:
+    if name == "binary_cross_entropy" and classify and classes != 2:
         raise ArgumentError(f"loss: {name!r} is for two classes, and the target has {classes}; use cross_entropy")
     if name == "gaussian" and recipe.log_target:
         raise ArgumentError(
@@ -174,7 +179,7 @@ def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
             "use quantiles"
         )
     if recipe.class_weight is not None and not classify:
-        raise ArgumentError("class_weight: only classes have weights, and this is a regression")
+        raise ArgumentError(f"class_weight: only classes, one a row, have weights, and this is a training for {task}")
     return name
 
 

@@ -267,7 +267,7 @@ def prepare(
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset, recipe.test_fraction)
     classify = dataset.task == "classification"
-    if recipe.log_target is not None and classify:
+    if recipe.log_target is not None and dataset.task != "regression":
         raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes; leave it out")
     # The held-out rows depend only on the whole data set and this seed.
     training = np.arange(len(dataset.y), dtype=np.int64)
@@ -397,6 +397,6 @@ def prepare(
 def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the fields that the data decided, for a run's configuration."""
     preprocessor, recipe = prepared.preprocessor, prepared.recipe
-    log_target = preprocessor.target_log if preprocessor.classes is None else None
+    log_target = preprocessor.target_log if preprocessor.task == "regression" else None
     decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size")}
     return {"scale": preprocessor.scale, "log_target": log_target, **decided}

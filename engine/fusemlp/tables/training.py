@@ -119,9 +119,10 @@ def watched(prepared: Prepared) -> dict[str, Any]:
     metric = recipe.metric
     if metric is None:
         return {}
-    numbers = preprocessor.classes is None
+    numbers = preprocessor.task == "regression"
     of_training = ["loss"] if numbers else ["loss", "accuracy"]
-    kind = "numbers" if numbers else "classes" if loss.is_classification else "one-hot rows"
+    several = {"regression": "numbers", "multilabel": "labels"}
+    kind = several.get(preprocessor.task, "classes" if loss.is_classification else "one-hot rows")
     metrics = metrics_for(kind) if validates else {}
     names = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
     if metric.startswith("val_") and not validates:
