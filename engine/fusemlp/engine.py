@@ -275,7 +275,7 @@ class Engine(Trainer):
         quantiles: (n, Q). Other losses: values (n, N), or (n,) for one target; for poisson the expected counts; for
         gaussian the means, and with ``return_std`` the pair of means and standard deviations.
         """
-        return self.inference.predict_std(X) if return_std else self.inference.predict(X)
+        return self.inference.predict_std(X, self.merged_biases) if return_std else self.inference.predict(X)
 
     @knows_names(OF_PREDICT, call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:

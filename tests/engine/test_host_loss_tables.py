@@ -10,6 +10,8 @@ from fusemlp.losses import GaussianNLL, Quantiles
 from scipy.stats import norm
 
 from fusemlp.engine import load_checkpoint
+from fusemlp.fleet.merge import members
+from fusemlp.report.metrics import distribution
 from fusemlp.report.runs import Run, weights_path
 from fusemlp.sklearn import TableRegressor
 from fusemlp_kernels.errors import ArgumentError
@@ -150,3 +152,25 @@ def test_the_estimator(tmp_path):
     assert np.sqrt(np.mean(((centre / [1, -2]).T - mean) ** 2 / std**2)) < 0.4
     with pytest.raises(ArgumentError, match="loss: expected 'quantiles', the model was trained with 'gaussian'"):
         normal.predict_quantiles(X)
+
+
+@pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
+def test_an_ensemble_has_the_deviation_of_the_mixture(hidden, tmp_path):
+    table = houses(300, 0)[0]
+    X, Y = table[["size"]], table[["price"]].assign(double=2 * table["price"] + 100 * (table["age"] == "old"))
+    options = {"loss": "gaussian", "models": 3, "epochs": 20, "scale": "robust", "random_state": 0}
+    model = TableRegressor(hidden=hidden, **options).fit(X, Y)
+    mean, std = model.predict(X, return_std=True)
+    model.to_onnx(tmp_path / "m.onnx")
+    graph = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    drawn = graph.run(["prediction", "std"], {"x": X.to_numpy(np.float32)})
+    assert np.allclose(drawn, (mean, std), rtol=1e-4)
+    model.save(tmp_path / "m.safetensors")
+    assert np.array_equal(TableRegressor.load(tmp_path / "m.safetensors").predict(X, return_std=True)[1], std)
+    if hidden:
+        inputs = model._inputs(X)
+        parts = [distribution(part, model.preprocessor_, inputs) for part in members(model.engine_)]
+        means, stds = (np.array([part[name] for part in parts]) for name in ("mean", "std"))
+        assert np.allclose(mean, means.mean(axis=0), rtol=1e-5)
+        assert np.allclose(std, np.sqrt(np.mean(stds**2, axis=0) + means.var(axis=0)), rtol=1e-4)
+        assert (std > stds.mean(axis=0)).all()

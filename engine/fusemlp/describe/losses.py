@@ -333,9 +333,10 @@ class GaussianNLL(ElementLoss):
         return outputs[:, : outputs.shape[1] // 2]
 
     def std(self, outputs: Array) -> Array:
-        """Return the standard deviations (n, N) of outputs (n, 2 N)."""
-        raw = outputs[:, outputs.shape[1] // 2 :]
-        return np.asarray(np.maximum(np.logaddexp(0, raw), self.eps**0.5))
+        """Return the standard deviations (n, N) of outputs (n, 2 N), or of equal mixtures those of (n, models, 2 N)."""
+        means, raw = np.split(outputs, 2, axis=-1)
+        std = np.asarray(np.maximum(np.logaddexp(0, raw), self.eps**0.5))
+        return std if std.ndim == 2 else np.sqrt(np.mean(std**2, axis=1) + np.var(means, axis=1))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def distribution(engine: Session, preprocessor: Preprocessor, X: Array) -> dict[
         columns = decode(engine.inference.predict(X)).reshape(len(X), -1).T
         return dict(zip(loss.names, columns, strict=True))
     if isinstance(loss, GaussianNLL):
-        mean, std = engine.inference.predict_std(X)
+        mean, std = engine.inference.predict_std(X, engine.merged_biases)
         return {"mean": decode(mean), "std": std * np.array(preprocessor.target_scale)}
     return {}
 

@@ -36,6 +36,7 @@ from fusemlp.describe.network import MLP, NORM
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_graph import INPUT, Graph, Tensor, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
+from fusemlp.runtime.forward import last_layers
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError
@@ -91,13 +92,13 @@ def onnx_bytes(
     if engine.network.members > 1:
         y = _mean_of_members(graph, x, engine, parameters)
     else:
-        y = _last_layer(graph, x, engine.network, parameters)
-    _add_outputs(graph, y, engine, preprocessor, labels)
+        x, y = _last_layer(graph, x, engine.network, parameters)
+    _add_outputs(graph, x, y, engine, preprocessor, labels)
     return graph.to_bytes(engine, about)
 
 
-def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Array]) -> Tensor:
-    """Append the layers of a network without members; return its output."""
+def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Array]) -> tuple[Tensor, Tensor]:
+    """Append the layers of a network without members; return the input and the output of the last."""
     starts, inputs = {last: first for first, last in net.blocks}, []
     for layer, activation in enumerate(net.activations):
         inputs.append(x)
@@ -108,7 +109,24 @@ def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Arra
             x = graph.normalised(x, norm, *(graph.constant(parameters[key], key) for key in keys))
         x = graph.activation(x, activation, parameters.get(f"{2 * layer + 1}.weight"))
         x = x + inputs[starts[layer]] if layer in starts else x
-    return x
+    return inputs[-1], x
+
+
+def _deviations(graph: Graph, hidden: Tensor, raw: Tensor, engine: Session, loss: GaussianNLL) -> Tensor:
+    """Append ``GaussianNLL.std`` of the outputs ``raw``, or of merged models of those by ``hidden``, the last input."""
+    net, models, last = engine.network, 1, 2 * (engine.network.layers - 1)
+    width = net.sizes[-1] // 2
+    if engine.merged_biases is not None and last:
+        models, state = len(engine.merged_biases), engine.memory.evaluated_tensors()
+        layer = last_layers(state[f"{last}.weight"], state[f"{last}.bias"], engine.merged_biases)
+        raw = graph.add("Gemm", hidden, *map(graph.constant, layer), transB=1)
+    first = [model * 2 * width + at for model in range(models) for at in range(width)]
+    std = graph.add("Max", graph.add("Softplus", raw.columns([at + width for at in first])), loss.eps**0.5)
+    if models == 1:
+        return std
+    means, std = (graph.add("Reshape", part, np.array([0, models, width])) for part in (raw.columns(first), std))
+    centred = means - graph.add("ReduceMean", means, np.array([1]))
+    return graph.add("Sqrt", graph.add("ReduceMean", std * std + centred * centred, np.array([1]), keepdims=0))
 
 
 def _mean_of_members(graph: Graph, x: Tensor, engine: Session, parameters: Mapping[str, Array]) -> Tensor:
@@ -186,9 +204,9 @@ def _quantiles(graph: Graph, raw: Tensor, loss: Quantiles) -> Tensor:
 
 
 def _add_outputs(
-    graph: Graph, y: Tensor, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
+    graph: Graph, hidden: Tensor, y: Tensor, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
 ) -> None:
-    """Append the outputs of the module's docstring; y is the output of the last layer."""
+    """Append the outputs of the module's docstring; ``hidden`` is the input of the last layer, y its output."""
     width, loss = engine.network.sizes[-1], engine.loss.answers
     raw = graph.result("logits" if loss.is_classification else "output", y, graph.real, width)
     coded = width > 1 and (loss.kind == "cross_entropy" or labels is not None)
@@ -203,8 +221,7 @@ def _add_outputs(
         answer = graph.add("Exp", raw) if loss.kind == "poisson" else raw
     if isinstance(loss, GaussianNLL):
         width //= 2
-        answer, deviations = (raw.columns(range(start, start + width)) for start in (0, width))
-        std = graph.add("Max", graph.add("Softplus", deviations), loss.eps**0.5)
+        answer, std = raw.columns(range(width)), _deviations(graph, hidden, raw, engine, loss)
     shape = () if coded or width == 1 else (width,)
 
     def flat(values: Tensor) -> Tensor:

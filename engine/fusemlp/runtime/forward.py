@@ -254,6 +254,17 @@ def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
     return metrics
 
 
+def last_layers(weight: Array, bias: Array, merged_biases: Array) -> tuple[Array, Array]:
+    """Return the last layers of merged models in one: weight (models * N, K) and bias (models * N,).
+
+    Those of the merged one are (N, K) and (N,); ``merged_biases`` (models, N): see ``Session``.
+    """
+    models, (outputs, inputs) = len(merged_biases), weight.shape
+    apart = np.zeros((models, outputs, models, inputs // models), weight.dtype)
+    apart[range(models), :, range(models)] = weight.reshape(outputs, models, -1).swapaxes(0, 1) * models
+    return apart.reshape(models * outputs, inputs), (bias + merged_biases).reshape(-1)
+
+
 def combined(kind: str, outputs: Array, members: int) -> Array:
     """Return the outputs (n, N) whose prediction is the mean of the members', from theirs (n * members, N).
 

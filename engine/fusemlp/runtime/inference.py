@@ -19,7 +19,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
 from fusemlp.program.layout import placement
 from fusemlp.runtime import forward
-from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined, mean_evaluation
+from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined, last_layers, mean_evaluation
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.own_loss import own_evaluation
 from fusemlp.runtime.scaling import Scaling
@@ -139,14 +139,23 @@ class Inference:
         values = self.loss.transform(self.outputs(X))
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
-    def predict_std(self, X: Any) -> tuple[Array, Array]:
-        """Return the predicted targets of X (n, K) and their standard deviations, of the same shape."""
+    def predict_std(self, X: Any, merged_biases: Array | None = None) -> tuple[Array, Array]:
+        """Return the predicted targets of X (n, K) and their standard deviations, of the same shape.
+
+        Those of merged models, with ``merged_biases``, are the deviations of the mixture of their distributions.
+        """
         if not isinstance(self.loss, GaussianNLL):
             raise ArgumentError(
                 f"return_std: it needs the loss gaussian, this engine has {self.loss.kind!r}; make it with that"
             )
-        outputs = self.outputs(X)
-        mean, std = self.loss.transform(outputs), self.loss.std(outputs)
+        outputs, last = self.outputs(X), self.network.layers - 1
+        mean = self.loss.transform(outputs)
+        if merged_biases is not None and last:
+            state = self.forward.memory.evaluated_tensors()
+            weight, bias = last_layers(state[f"{2 * last}.weight"], state[f"{2 * last}.bias"], merged_biases)
+            hidden = self.forward.outputs(self.checked(X, codes=True), layers=last)
+            outputs = (hidden @ weight.T + bias).reshape(len(hidden), -1, outputs.shape[1])
+        std = self.loss.std(outputs)
         return (mean[:, 0], std[:, 0]) if mean.shape[1] == 1 else (mean, std)
 
     def predict_proba(self, X: Any) -> Array:
