@@ -30,9 +30,9 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     normaliser = float(len(outputs) if weights is None else weights.sum(dtype=np.float64))
     if not normaliser:
         return 0.0, np.zeros_like(outputs), 0.0
-    given = {"weights": weights} if loss.takes_weights else {}
-    answer = loss.function(outputs.copy(), targets, **given)
-    if not isinstance(answer, tuple | list) or len(answer) != 2:
+    given = (outputs.copy(), targets)
+    answer = loss.function(*given, weights=weights) if loss.takes_weights else loss.function(*given)
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         raise ArgumentTypeError(
             f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
             f"{outputs.shape} of its gradient by the outputs"
@@ -50,7 +50,8 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
             f"loss: the gradient of {loss.name!r} has dtype {gradient.dtype}; expected real numbers, {outputs.dtype}"
         )
     # the squares of large numbers may overflow
-    if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
+    flat = gradient.ravel()
+    if not math.isfinite(number) or not math.isfinite(flat.dot(flat)):
         _check_finite(loss.name, number, gradient, outputs)
     return number, gradient, normaliser
 
