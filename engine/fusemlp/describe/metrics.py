@@ -35,6 +35,12 @@ class Judged:
     weight: Array | None = None
     quantile: float = 0.5
 
+    @classmethod
+    def of_labels(cls, truth: Array, scores: Array, weight: Array | None = None) -> Judged:
+        """Return labels, whose scores above one half mean yes."""
+        truth = truth if np.isnan(truth).any() else truth.astype(np.int64)
+        return cls(truth, (scores > 0.5).astype(np.int64), scores, weight)
+
     def part(self, rows: Any) -> Judged:
         """Return some of the rows."""
         scores, weight = (None if part is None else part[rows] for part in (self.scores, self.weight))

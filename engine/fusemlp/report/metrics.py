@@ -64,19 +64,13 @@ def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
 def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Judged:
     """Return the truth of rows beside predictions and scores; numbers in original units."""
     if preprocessor.task == "multilabel":
-        return labels_judged(labels, class_scores(engine, X))
+        return Judged.of_labels(labels, class_scores(engine, X))
     if preprocessor.classes is None:
         truth = np.asarray(labels, np.float64).reshape(len(X), -1)
         predicted, quantile = engine.loss.judged(engine.inference.predict(X))
         return Judged(truth, preprocessor.decode_predictions(predicted).reshape(truth.shape), quantile=quantile)
     scores = class_scores(engine, X)
     return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
-
-
-def labels_judged(truth: Array, scores: Array) -> Judged:
-    """Return labels (n, N), NaN for a missing one, beside the scores of each, of which more than one half means yes."""
-    truth = truth if np.isnan(truth).any() else truth.astype(np.int64)
-    return Judged(truth, (scores > 0.5).astype(np.int64), scores)
 
 
 def score(
@@ -228,7 +222,7 @@ def baselines(
         parts = [(slice(None), slice(None))] if there.all() else [(kept, [at]) for at, kept in enumerate(there.T)]
         linear = np.hstack([ridge(X[kept], values[kept][:, at], test_X) for kept, at in parts])
         predicted = {"constant": np.broadcast_to(np.nanmean(values, axis=0), truth.shape), "linear": linear}
-        judges = labels_judged if preprocessor.task == "multilabel" else Judged
+        judges = Judged.of_labels if preprocessor.task == "multilabel" else Judged
         return {name: figures(judges(truth, numbers), probable=False) for name, numbers in predicted.items()}
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits

@@ -98,6 +98,10 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     section: Section = {"title": f"Scores on {counted(test['rows'], 'test row')}", "verdict": lines, "tiles": tiles}
     if "classes" in test:
         section["folded"] = "scores of each class", class_table(test), len(test["classes"]) <= MOST_OPEN
+    if "targets" in test:
+        shown = list(scalars(next(iter(test["targets"].values()))))
+        rows = [[name, *(scored(key, of[key]) for key in shown)] for name, of in test["targets"].items()]
+        section["folded"] = "scores of each target", [["target", *map(_named, shown)], *rows], len(rows) <= MOST_OPEN
     if "quantiles" in test:
         section["folded"] = "scores of each quantile", _quantile_table(report), True
     yield section

@@ -197,12 +197,8 @@ def spread(models: Sequence[Session], preprocessor: Preprocessor, X: Array, chos
     Of classes it is that of the probability of ``chosen``, the codes (n,) of the merged model's classes, and of several
     labels that of the probability of each.
     """
-    every = np.arange(len(X))
-    if preprocessor.task == "regression":
-        each = [predictions(model, preprocessor, X) for model in models]
-    else:
-        of = (slice(None),) if chosen.ndim == 2 else (every, chosen)
-        each = [class_scores(model, X)[of] for model in models]
+    numbers, of = preprocessor.task == "regression", (np.arange(len(X)), chosen) if chosen.ndim == 1 else ...
+    each = [predictions(model, preprocessor, X) if numbers else class_scores(model, X)[of] for model in models]
     return np.asarray(np.std(each, axis=0))
 
 

@@ -311,8 +311,7 @@ class Inference:
             return Judged(truth, predicted.reshape(truth.shape), None, weight, quantile)
         scores = self.predict_proba(data.X) if self.loss.is_classification else self.predict(data.X)
         if kind == "labels":
-            truth = truth if np.isnan(truth).any() else truth.astype(np.int64)
-            return Judged(truth, (scores > 0.5).astype(np.int64), scores, weight)
+            return Judged.of_labels(truth, scores, weight)
         if truth.ndim == 2:
             truth = truth[:, 0].astype(np.int64) if truth.shape[1] == 1 else truth.argmax(axis=1)
         kept = truth != getattr(self.loss, "ignore_index", None)
