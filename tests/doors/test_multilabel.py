@@ -46,7 +46,11 @@ def test_a_run_is_judged_label_by_label(trained, capsys):
     for figure in ("accuracy", "f1", "auc"):
         assert test[figure] == pytest.approx(np.mean([scores[figure] for scores in test["targets"].values()]))
     assert min(test["accuracy"], baselines["linear"]["accuracy"]) > baselines["constant"]["accuracy"] > 0.4
-    assert "scores of each target" in page and "probability of each label" in page and "of the labels of 48 test rows" in page
+    assert (
+        "scores of each target" in page
+        and "probability of each label" in page
+        and "of the labels of 48 test rows" in page
+    )
     assert run("predict", trained / "run", "--data", trained / "a.csv", "--out", path, "--proba", "--force") == 0
     table = pandas.read_csv(path)
     said, chances = (table[[f"{part}_{name}" for name in LABELS]].to_numpy() for part in ("prediction", "probability"))

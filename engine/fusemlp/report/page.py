@@ -99,9 +99,9 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     if "classes" in test:
         section["folded"] = "scores of each class", class_table(test), len(test["classes"]) <= MOST_OPEN
     if "targets" in test:
-        shown = list(scalars(next(iter(test["targets"].values()))))
-        rows = [[name, *(scored(key, of[key]) for key in shown)] for name, of in test["targets"].items()]
-        section["folded"] = "scores of each target", [["target", *map(_named, shown)], *rows], len(rows) <= MOST_OPEN
+        keys = list(scalars(next(iter(test["targets"].values()))))
+        rows = [[target, *(scored(key, figures[key]) for key in keys)] for target, figures in test["targets"].items()]
+        section["folded"] = "scores of each target", [["target", *map(_named, keys)], *rows], len(rows) <= MOST_OPEN
     if "quantiles" in test:
         section["folded"] = "scores of each quantile", _quantile_table(report), True
     yield section
