@@ -114,6 +114,17 @@ def test_single_steps_go_on_like_the_saved_engine(optimizer, tmp_path):
     assert_same_state(loaded, engine)
 
 
+@pytest.mark.parametrize("asked", ["auto", "eager"])
+def test_a_plan_that_was_asked_for_stays_with_batches_of_another_size(asked, tmp_path):
+    X, y = data()
+    saved = engine(plan=asked)
+    saved.save_checkpoint(tmp_path / "e.safetensors")
+    loaded = load_checkpoint(tmp_path / "e.safetensors", backend="numpy")
+    assert loaded.plan == saved.plan
+    loaded.fit(X, y, epochs=1, batch_size=8)
+    assert loaded.plan == ("eager" if asked == "eager" else "resident")
+
+
 def test_an_untrained_engine_can_be_saved(tmp_path):
     engine = engine_of()
     engine.save_checkpoint(tmp_path / "c")

@@ -24,7 +24,7 @@ from fusemlp.describe.description import Machine, stored
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime import files
 from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, reading_file, target_file, to_bytes, write_atomically
-from fusemlp.runtime.plans import has_plan
+from fusemlp.runtime.plans import ASKED, has_plan, was_asked
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
@@ -50,6 +50,7 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
         **engine.description(),
         "backend": engine.backend,
         "plan": engine.plan,
+        "plan_asked": was_asked(engine.plan_reason),
         "epochs_trained": engine.epochs_trained,
         "fit": None if engine.fit_state is None else asdict(engine.fit_state),
         "extra": dict(extra or {}),
@@ -112,7 +113,8 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
     plan, traits = config["plan"], engine.memory.backend.traits
     if config["backend"] == engine.backend and has_plan(traits, plan, engine.network, engine.precision):
         # The bits of later steps depend on the plan, and on its parts of the gradients.
-        engine.plan, engine.plan_reason = plan, "the plan of the checkpoint"
+        asked = f"{ASKED} when the checkpoint's engine was made" if config.get("plan_asked") else ""
+        engine.plan, engine.plan_reason = plan, asked or "the plan of the checkpoint"
         engine.make_room_for(engine.batch_size)
     for kind, arena in _kinds(engine).items():
         engine.memory.write(of_kind(kind, tensors), arena)
