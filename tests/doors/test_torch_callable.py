@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import io
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch_pair import ACTIVATIONS, CLOSE, INPUTS, OUTPUTS, Pair, adam, batch, b
 
 from fusemlp import ArgumentError, ArgumentTypeError, ShapeError
 from fusemlp.torch import fuse
+from fusemlp_kernels.compilation import watchers
 
 # Two hundred steps of two ways of computing the same doubles.
 WHOLE_RUN = {"rtol": 1e-9, "atol": 1e-9}
@@ -307,3 +310,18 @@ def test_a_loss_of_the_kernels_has_one_target():
         with pytest.raises(ArgumentTypeError, match=rf"mse has one target, step\(x, y\), got {len(targets)}"):
             step(X, *targets)
     torch.testing.assert_close(step(x=X, y=Y), step.loss_fn(network()(X), Y).detach(), **CLOSE)
+
+
+def test_the_compilation_of_the_first_step_is_shown(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    module, shown = network(), []
+
+    def loss_fn(output, target):
+        shown.append(len(watchers))
+        return F.mse_loss(output, target)
+
+    step = fuse(module, loss_fn, optim.SGD(module.parameters(), lr=0.1))
+    for rows in (8, 8, 4):
+        step(*(torch.randn(rows, width).double() for width in (INPUTS, OUTPUTS)))
+    assert shown == [1, 0, 1]

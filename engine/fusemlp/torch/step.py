@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fusemlp.callbacks.progress import compilations_shown
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.program.program import Program
@@ -140,6 +141,7 @@ class FusedStep:
         if more:
             key = (*key, *map(_FORM, more))
         batch = self._batches.get(key)
+        first = batch is None
         if batch is None:
             batch = self._batches[key] = self._programs.batch(x, targets, return_output)
         runnable = batch.stage(x, targets)
@@ -153,7 +155,11 @@ class FusedStep:
         try:
             for update_set in self._sets:
                 update_set.table.cover(UNIT_RATE, 1)
-            runnable.run()
+            if first:
+                with compilations_shown():
+                    runnable.run()
+            else:
+                runnable.run()
         except BaseException:
             # Ctrl-C too: only the device knows whether there was an update
             for update_set in self._sets:
