@@ -117,6 +117,8 @@ class TestForms:
             add((type(epoch), "loss" in logs, shown))
 
         assert calls_of(on_epoch_end=more) == [(int, True, True)]
+        begin, end = lambda self, logs=None: add(self.model), lambda self, engine, history: add(engine)
+        assert calls_of(on_train_begin=begin, on_train_end=end) == [engine] * 2
 
     def test_an_object_without_room_for_the_model(self):
         class Slots:
@@ -160,10 +162,6 @@ WRONG_FORMS = [
     ({"on_train_end": lambda self, a, b, c: None}, r"Mine.on_train_end\(a, b, c\)"),
     ({"on_epoch_end": lambda self, *, epoch, logs: None}, "cannot be called"),
     ({"on_train_batch_end": lambda self, a, b, c: None}, r"expected on_train_batch_end\(batch, logs\) as in Keras"),
-    (
-        {"on_epoch_end": lambda self, epoch, logs: None, "on_train_end": lambda self, engine, history: None},
-        r"Mine.on_epoch_end\(epoch, logs\) has Keras's form and on_train_end\(engine, history\)",
-    ),
     (
         {"set_model": lambda self, model: None, "on_epoch_end": lambda self, engine, epoch, logs: None},
         r"Mine.on_epoch_end\(engine, .* cannot be called",

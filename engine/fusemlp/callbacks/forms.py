@@ -67,34 +67,39 @@ KERAS: dict[str, tuple[str, ...]] = {
 KERAS["on_exit"] = ()
 
 
-class KerasForm:
-    """Adapt an object of Keras's form to the library's; it has all methods of ``Callback``."""
+class Listener:
+    """An object that is a callback, as ``fit`` calls it; raises ArgumentTypeError for an object that is none."""
 
     def __init__(self, listener: Any) -> None:
-        self.listener = listener
-        self.epochs: int | None = None
+        methods = {name: method for name in KERAS if (method := _method(listener, name)) is not None}
+        if isinstance(listener, type) or not (methods or isinstance(listener, Callback | Watching)):
+            mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
+            raise ArgumentTypeError(
+                f"callbacks: expected objects with a method {', '.join(OWN)}, got {listener!r}{mend}"
+            )
+        keras_only = hasattr(listener, "set_model") or hasattr(listener, "set_params")
+        forms = {name: _form(listener, name, method, keras_only) for name, method in methods.items()}
+        self.listener, self.epochs = listener, 0
+        # whether it gets the engine as an attribute, and what fits both forms has Keras's
+        self.keras = keras_only or "keras" in forms.values()
+        self._calls: dict[str, list[Callable[..., object]]] = {}
+        for name, method in methods.items():
+            stage = name.replace("on_train_batch", "on_batch")
+            of_keras = forms[name] == "keras" or (forms[name] is None and self.keras)
+            self._calls.setdefault(stage, []).append(_of_keras(stage, method) if of_keras else method)
 
-    def methods(self, stage: str) -> list[Any]:
-        """Return the object's methods for a stage."""
-        names = dict.fromkeys((stage, stage.replace("on_batch", "on_train_batch")))
-        return [method for name in names if (method := _method(self.listener, name)) is not None]
+    def at(self, stage: str) -> Callable[..., object] | None:
+        """Return what is called at a stage, with the engine and the arguments of ``Callback``; None for nothing."""
+        begin = [self._begin] if self.keras and stage == "on_train_begin" else []
+        calls = [*begin, *self._calls.get(stage, [])]
+        if len(calls) < 2:
+            return calls[0] if calls else None
+        return lambda *arguments: [call(*arguments) for call in calls]
 
-    def __getattr__(self, stage: str) -> Callable[..., None]:
-        if stage not in OWN:
-            raise AttributeError(stage)
-
-        def call(engine: Any, *arguments: Any) -> None:
-            if stage == "on_train_begin":
-                self._begin(engine)
-            if stage == "on_train_end":
-                arguments = ({name: values[-1] for name, values in arguments[0].history.items()},)
-            elif stage not in ("on_epoch_end", "on_exit"):
-                # Keras passes logs to every stage.
-                arguments = (*arguments, {})
-            for method in self.methods(stage):
-                method(*arguments)
-
-        return call
+    @property
+    def name(self) -> str:
+        """The name of its class."""
+        return type(self.listener).__name__
 
     def _begin(self, engine: Any) -> None:
         if hasattr(self.listener, "set_params"):
@@ -105,6 +110,20 @@ class KerasForm:
             # An object with slots may refuse the attribute; it works without.
             with contextlib.suppress(AttributeError):
                 self.listener.model = engine
+
+
+def _of_keras(stage: str, method: Callable[..., object]) -> Callable[..., object]:
+    """Return a method of Keras's form as one of the library's."""
+
+    def call(engine: Any, *arguments: Any) -> None:
+        if stage == "on_train_end":
+            arguments = ({name: values[-1] for name, values in arguments[0].history.items()},)
+        elif stage not in ("on_epoch_end", "on_exit"):
+            # Keras passes logs to every stage.
+            arguments = (*arguments, {})
+        method(*arguments)
+
+    return call
 
 
 def _method(listener: Any, stage: str) -> Any:
@@ -118,42 +137,30 @@ def _method(listener: Any, stage: str) -> Any:
     return None if placeholder else method
 
 
-def overrides(callback: Any, stage: str) -> bool:
-    """Return whether a callback has a method for a stage."""
-    return bool(callback.methods(stage) if isinstance(callback, KerasForm) else _method(callback, stage))
-
-
-def checked_callbacks(callbacks: Any) -> list[Any]:
-    """Return the callbacks in the library's form; ArgumentTypeError for other objects and for a mix of both forms."""
+def checked_callbacks(callbacks: Any) -> list[Listener]:
+    """Return the callbacks as ``fit`` calls them; ArgumentTypeError for other objects."""
     several = isinstance(callbacks, Iterable) and not isinstance(callbacks, str)
-    return [_in_own_form(listener) for listener in (callbacks if several else [callbacks])]
+    return [Listener(listener) for listener in (callbacks if several else [callbacks])]
 
 
-def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
-    """Pass the epochs to Keras's form, and let monitors check ``names`` and those that callbacks before them write."""
+def announce(callbacks: Sequence[Listener], names: Sequence[str], epochs: int) -> None:
+    """Tell the callbacks the epochs, and let monitors check ``names`` and those that callbacks before them write."""
     known = list(names)
     for callback in callbacks:
-        listener = callback.listener if isinstance(callback, KerasForm) else callback
-        if isinstance(callback, KerasForm):
-            callback.epochs = epochs
-            if isinstance(listener, Watching):
-                listener.check_logs(known)
-        writes = getattr(listener, "writes", ())
+        callback.epochs = epochs
+        if isinstance(callback.listener, Watching):
+            callback.listener.check_logs(known)
+        writes = getattr(callback.listener, "writes", ())
         known += [name for name in ([writes] if isinstance(writes, str) else writes) if name not in known]
 
 
-def name_of(callback: Any) -> str:
-    """Return the name of a callback's class."""
-    return type(callback.listener if isinstance(callback, KerasForm) else callback).__name__
-
-
 @contextlib.contextmanager
-def exits(callbacks: Sequence[Any], engine: Any) -> Iterator[None]:
+def exits(callbacks: Sequence[Listener], engine: Any) -> Iterator[None]:
     """Call ``on_exit`` at the end of the block, also after an error."""
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):
-            if overrides(callback, "on_exit"):
-                stack.callback(callback.on_exit, engine)
+            if call := callback.at("on_exit"):
+                stack.callback(call, engine)
         yield
 
 
@@ -205,25 +212,6 @@ class Watching:
 def tell(verbose: int, text: str, *figures: Any) -> None:
     """Log what a callback has done, for a user who wants it ``verbose`` as information."""
     log.log(logging.INFO if verbose else logging.DEBUG, text, *figures)
-
-
-def _in_own_form(listener: Any) -> Any:
-    methods = {stage: method for stage in KERAS if (method := _method(listener, stage)) is not None}
-    if isinstance(listener, type) or not (methods or isinstance(listener, Callback | Watching)):
-        mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
-        raise ArgumentTypeError(f"callbacks: expected objects with a method {', '.join(OWN)}, got {listener!r}{mend}")
-    if isinstance(listener, KerasForm):
-        return listener
-    keras_only = hasattr(listener, "set_model") or hasattr(listener, "set_params")
-    forms = {stage: _form(listener, stage, method, keras_only) for stage, method in methods.items()}
-    of_keras = [stage for stage, form in forms.items() if form == "keras"]
-    of_library = [stage for stage, form in forms.items() if form == "own"]
-    if of_keras and of_library:
-        raise ArgumentTypeError(
-            f"callbacks: {type(listener).__name__}.{_written(of_keras[0], KERAS)} has Keras's form and "
-            f"{_written(of_library[0], OWN)} the library's; use one of them for all methods"
-        )
-    return KerasForm(listener) if of_keras or keras_only else listener
 
 
 def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | None:

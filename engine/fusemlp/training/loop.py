@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
+from fusemlp.callbacks.forms import Listener, deferred_interrupt
 from fusemlp.callbacks.progress import epoch_watchers
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
@@ -95,12 +95,12 @@ class EpochLoop(Generic[PolicyT]):
     batch_size: int
     batches: int
     at_once: int
-    callbacks: Sequence[Any]
+    callbacks: Sequence[Listener]
 
     def __post_init__(self) -> None:
         # callbacks between batches
-        self._starters = [callback for callback in self.callbacks if overrides(callback, "on_batch_begin")]
-        self._watchers = [callback for callback in self.callbacks if overrides(callback, "on_batch_end")]
+        self._starters = [call for callback in self.callbacks if (call := callback.at("on_batch_begin"))]
+        self._watchers = [call for callback in self.callbacks if (call := callback.at("on_batch_end"))]
         self._one_by_one = bool(self._starters or self._watchers)
 
     def run(self) -> History:
@@ -212,14 +212,14 @@ class EpochLoop(Generic[PolicyT]):
         while done < total:
             count = 1 if self._one_by_one else min(total - done, bound.chunk)
             for starter in self._starters:
-                starter.on_batch_begin(engine, state.batch)
+                starter(engine, state.batch)
             count = engine.rates.cover(self.policy.schedule, count)
             yield count
             done += count
             if epochs == 1:
                 state.batch = done
             for watcher in self._watchers:
-                watcher.on_batch_end(engine, state.batch - 1)
+                watcher(engine, state.batch - 1)
             if ends():
                 break
         # Not before: an error in a launch leaves the position at the last recorded epoch. After the last batch of an
@@ -267,9 +267,9 @@ class EpochLoop(Generic[PolicyT]):
         state.history.record(epoch, logs, seconds)
         state.epoch, state.batch = epoch + 1, 0
         for callback in self.callbacks:
-            if overrides(callback, "on_epoch_end"):
-                callback.on_epoch_end(self.engine, epoch, logs)
-                state.history.amend(logs, author=name_of(callback))
+            if call := callback.at("on_epoch_end"):
+                call(self.engine, epoch, logs)
+                state.history.amend(logs, author=callback.name)
 
     def finish(self, *, interrupted: bool) -> None:
         """Clean up after the last step."""
@@ -278,6 +278,5 @@ class EpochLoop(Generic[PolicyT]):
 
     def _call(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            method = getattr(callback, stage, None)
-            if method is not None:
-                method(self.engine, *arguments)
+            if call := callback.at(stage):
+                call(self.engine, *arguments)

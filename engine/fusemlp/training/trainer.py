@@ -78,7 +78,7 @@ class FitPlan(Description):
         deadline = as_deadline("time_limit", self.time_limit)
         super().__post_init__()
         bar = checked_callbacks(ProgressBar(lines=self.verbose == 2)) if self.verbose else []
-        monitors = [getattr(getattr(callback, "listener", None), "monitor", None) for callback in self.callbacks]
+        monitors = [getattr(callback.listener, "monitor", None) for callback in self.callbacks if callback.keras]
         freeze(self, deadline=deadline, callbacks=[*self.callbacks, *bar], monitors=[self.monitor, *monitors])
 
     @classmethod
