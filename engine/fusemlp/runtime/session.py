@@ -21,8 +21,7 @@ from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
 from fusemlp.inputs.examples import DeviceInputs
-from fusemlp.program.passes.fusion import Narrow
-from fusemlp.program.passes.training import sums_over
+from fusemlp.program.passes.training import Narrow, sums_over
 from fusemlp.program.program import ALONE, ORDERED, REDUCTIONS, Sharding
 from fusemlp.program.step import Pass
 from fusemlp.runtime.inference import Inference
