@@ -319,14 +319,14 @@ class Inference:
             truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
         return Judged(truth, scores.argmax(axis=1), scores, weight)
 
-    def evaluation(self, data: Examples, *, apart: bool) -> Evaluate:
-        """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:
-        the result serves all engines with these layers and this loss, and keeps no reference to this one."""
+    def evaluation(self, data: Examples, *, apart: bool = False, spec: LossSpec | None = None) -> Evaluate:
+        """Return a repeatable ``evaluate`` of the same arrays, by ``spec`` if given. With ``apart`` the parameters are
+        copied first: the result serves all engines with these layers and this loss, and keeps no reference to this."""
         memory = self.forward.memory
         if apart:
             memory = memory.of_parameters(self.network)
         forward, data = ForwardPass(self.network, memory), data._replace(X=self.scaling.normalised(data.X))
-        return self._evaluation(forward, data, self.inputs.spec_for(data.targets), repeated=True)
+        return self._evaluation(forward, data, spec or self.inputs.spec_for(data.targets), repeated=True)
 
     def dead_units(self, X: Any, *, decays: bool = False) -> dict[str, float]:
         """Return for each hidden relu layer the share of units that are zero for every row of X; see ``silent``."""

@@ -23,9 +23,8 @@ from fusemlp.inputs.examples import Examples, Targets
 from fusemlp.program.passes.training import Penalty
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
-from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass
+from fusemlp.runtime.forward import Evaluate
 from fusemlp.runtime.memory import on_device
-from fusemlp.runtime.own_loss import own_evaluation
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.steps import TrainingStep, bind, lower
 from fusemlp.sklearn.model import Model
@@ -113,7 +112,6 @@ class HeldLoss:
     ) -> None:
         self.rows, weight = rows, rows.loss_weight
         self._engine, n, target = model.engine, len(data["x"]), data["target"]
-        self._own = model.engine.loss if model.engine.loss.on_host else None
         weights = np.ones(n) if weight is None else weight.astype(np.float64)
         self._scale, self._total = objective.factor / objective.reported_by, float(weights.sum())
         self._constant = 0.0 if constants is None else float(weights @ constants)
@@ -125,16 +123,13 @@ class HeldLoss:
     @cached_property
     def _evaluation(self) -> Evaluate:
         # not before the first epoch: a launch of several models moves the parameters
-        forward = ForwardPass(self._engine.network, self._engine.memory)
-        if self._own is not None:
-            return own_evaluation(forward, self._examples, self._own)
-        return Evaluation(forward, self._examples, self._spec, None, repeated=True)
+        return self._engine.inference.evaluation(self._examples, spec=self._spec)
 
     def __call__(self) -> tuple[float, float | None]:
         """Return the loss at the model's present parameters, and the accuracy or None."""
         with np.errstate(all="ignore"):
             losses = self._evaluation(self._engine.memory)
-            if self._own is not None:
+            if self._engine.loss.on_host:
                 return losses["loss"] if self._total else np.nan, None
             loss = np.float64(self._scale) * (losses["loss"] + self._constant) / self._total
         return float(loss), losses.get("accuracy")

@@ -45,7 +45,7 @@ class Validation:
         net = engine.network
         kind = (net.sizes, net.encoding, net.activations, net.norms, net.blocks, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
-            alone = engine.inference.evaluation(self.data, apart=False)
+            alone = engine.inference.evaluation(self.data)
             return lambda: alone(engine.memory)
         idle = self._idle.setdefault(kind, [])
 
