@@ -227,7 +227,7 @@ def _add_outputs(
     def flat(values: Tensor) -> Tensor:
         return graph.add("Squeeze", values, np.array([1])) if width == 1 else values
 
-    if preprocessor is not None and not loss.is_classification:
+    if preprocessor is not None and labels is None and not loss.is_classification:
         scale, shift = np.array([preprocessor.target_scale, preprocessor.target_shift], np.float64)
         answer = answer * scale + shift
         answer = graph.add("Exp", answer) if preprocessor.target_log else answer
