@@ -49,9 +49,8 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
         raise DTypeError(
             f"loss: the gradient of {loss.name!r} has dtype {gradient.dtype}; expected real numbers, {outputs.dtype}"
         )
-    # the squares of large numbers may overflow
-    flat = gradient.ravel()
-    if not math.isfinite(number) or not math.isfinite(flat.dot(flat)):
+    # the squares of large numbers may overflow, of which vdot does not warn
+    if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
         _check_finite(loss.name, number, gradient, outputs)
     return number, gradient, normaliser
 
