@@ -95,6 +95,10 @@ class Ledger:
         """Return what training has spent; see ``Engine.privacy_spent``."""
         raise ArgumentError(NOT_PRIVATE)
 
+    def report(self, updates: int) -> dict[str, Any]:
+        """Return the entries of report.json."""
+        return {}
+
 
 class PrivateLedger(Ledger):
     """The account of training with ``privacy``, and the steps of all fits.
@@ -150,6 +154,9 @@ class PrivateLedger(Ledger):
             return [*self._spent]
         rate, first = self._sampling
         return joined([*self._spent, (rate, updates - first)])
+
+    def report(self, updates: int) -> dict[str, Any]:
+        return {"privacy": self.spent(updates)}
 
     def spent(self, updates: int) -> dict[str, Any]:
         if self.privacy.delta is None:

@@ -363,8 +363,7 @@ def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
         "dead_units": dead,
         "diagnosis": [asdict(finding) for finding in history.diagnose(dead, **known, python=False)],
     }
-    if engine.privacy is not None:
-        report["privacy"] = engine.privacy_spent()
+    report |= engine.ledger.report(engine.update_count)
     tested = _judged(trained, report) if trained.failure is None else None
     if prepared.start is not None:
         report["from"] = prepared.start.about
