@@ -174,6 +174,14 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
+def keep_journals(patch):
+    """Leave the journal of a sweep that ends, as one that is killed would."""
+    unlink = Path.unlink
+    patch.setattr(
+        Path, "unlink", lambda path, **options: None if path.name == sweep.JOURNAL else unlink(path, **options)
+    )
+
+
 class TestSweeps:
     SWEEP = ("sweep", "iris", "--vary", "lr=0.001:0.1:log:3", "--vary", "hidden=4,8", "--epochs", "3", "--quiet")
 
@@ -232,7 +240,7 @@ class TestSweeps:
         data.write_text("a,y\n" + "".join(f"{n},{n % 2}\n" for n in range(60)))
         words = ("sweep", data, "--target", "y", "--vary", "lr=0.01,0.1", "--epochs", "1", "--out", tmp_path / "cut")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sweep, "close_journal", lambda run: None)
+            keep_journals(patch)
             assert run(*words, "--quiet") == 0
         data.write_text(data.read_text() + "1,1\n")
         (tmp_path / "none").mkdir()
@@ -350,7 +358,7 @@ class TestCards:
             assert (alone.engine.device, alone.scores) == ("cuda:0", pair.members[1].scores)
             assert calls == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
             # a sweep on one card, which is cut off before its last model, goes on with several
-            monkeypatch.setattr(sweep, "close_journal", lambda run: None)
+            keep_journals(monkeypatch)
             assert run(*words, "--device", "cuda:0", "--out", tmp_path / "one") == 0
             file = tmp_path / "one" / sweep.JOURNAL
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))

@@ -70,7 +70,7 @@ CHOICES = [
     (LEAST, {"preset": "auto"}, True, 16, "preset tabm: 16 members share the weights of one network, chosen for"),
     (LEAST - 1, {"preset": "auto"}, True, 1, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
     (presets.MOST_ROWS + 1, {"preset": "auto"}, True, 1, "preset plain: tabm is for 12,000 to 100,000 rows, and"),
-    (LEAST, {"preset": "auto"}, False, 1, "preset plain: tabm is for classes, and the target holds numbers"),
+    (LEAST, {"preset": "auto"}, False, 1, "preset plain: tabm is for classes, one a row, and the target"),
     (LEAST, {"preset": "auto", "models": 2}, True, 1, "preset plain: tabm does not take what was given for models"),
     (LEAST, {"preset": "plain"}, True, 1, None),
     # without the option other tables are told nothing, and a network of one's own stays
