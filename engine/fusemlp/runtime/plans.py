@@ -171,7 +171,8 @@ def shared_plan(
     between = f"a collective between them ({sharding})"
     if traits.on_host:
         return plan, f"two launches a step, and {between}"
-    asked = was_asked(reason)
+    # not by a checkpoint, whose engine may have been alone
+    asked = reason in (ASKED, UNPROVEN)
     if asked and plan == "graph" and uncaptured is not None:
         raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
     if asked:
