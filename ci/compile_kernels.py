@@ -286,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--all", action="store_true", help="compile every variant, not only the systematic part")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     made.add_argument("--write", action="store_true", help=f"write the results into ci/{RECORD.name}")
+    made.add_argument("--missing", action="store_true", help="compile only what the record lacks")
     made.add_argument("--accept-slower", action="store_true", help="with --write: record slower loops too")
     made.add_argument(
         "--check",
@@ -302,6 +303,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampled = options.check and not options.arch and any(row["triton"] == triton.__version__ for row in read_record())
     work = list(chosen(options.arch or (SAMPLE if sampled else kernel_variants.TARGETS), options.kernel, options.all))
     work = sample(work) if sampled else work
+    if options.missing:
+        rows = {(*(row[name] for name in KEY), row["source"]) for row in read_record()}
+        source = kernel_variants.source_hash
+        work = [
+            (variant, arch)
+            for variant, arch in work
+            if (triton.__version__, arch, variant.kernel, variant.name, source(variant.kernel, arch)) not in rows
+        ]
     rows, failures = compile_all(work, options.jobs)
     print(table(rows), flush=True)
     print(f"{len(rows)} compilations with Triton {triton.__version__} in {time.monotonic() - start:.0f} s")

@@ -168,10 +168,12 @@ def expected(launch: Recorded, work: Work, row: Row, goal: Goal, card: Card = H1
 
 def expected_card(launch: Recorded, row: Row, card: Card = H100) -> Expected:
     """Return the expected time of a step of ``card_kernel``: of each phase its longest program, and meetings."""
-    phases = card_phases(launch)
-    cycles = sum(max(_passes(row["waits"], row["loops"], trips) for trips in phase) for phase in phases)
-    seconds = cycles / card.clock + (len(phases) - 1) * card.grid_barrier
-    return Expected(call_of(launch), launch.programs, len(phases) - 1, "waits", seconds, row["triton"])
+    phases, keeping = card_phases(launch)
+    times = [max(_passes(row["waits"], row["loops"], trips) for trips in phase) for phase in phases]
+    meeting, after = card.grid_barrier * card.clock, len(launch.arguments["layers"].tolist())
+    beside = max(sum(times[after:]) + (len(times) - after - 1) * meeting, _passes(row["waits"], row["loops"], keeping))
+    seconds = (sum(times[:after]) + beside + (after + 1) * meeting) / card.clock
+    return Expected(call_of(launch), launch.programs, len(phases), "waits", seconds, row["triton"])
 
 
 def call_of(launch: Recorded) -> str:

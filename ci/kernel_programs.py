@@ -11,14 +11,14 @@ from kernel_launches import Recorded
 from kernel_loops import ONCE
 
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import configs, gradients, loss, resident_layers
+from fusemlp_kernels.triton import card, configs, gradients, loss, resident_layers
 from fusemlp_kernels.triton.resident_layers import CHUNK
 
 # Of a multiprocessor of an H100: the CUDA programming guide's table of compute capabilities.
 MOST_WARPS, MOST_PROGRAMS, SHARED = 64, 32, 228 << 10
 # Registers are given to a warp in units of 8 a thread; each program takes a kilobyte of shared memory of its own.
 REGISTER_UNIT, PROGRAM_SHARED = 8, 1 << 10
-# Partial results that the last program of a launch adds at a time, by ``clock.sum_of``.
+# Partial results that the last program of a launch adds at a time.
 PARTIALS = 128
 # Arrays of an optimizer's state, by its code.
 STATES = {"sgd": 1, "adam": 2}
@@ -73,7 +73,7 @@ def work_of(launch: Recorded) -> Work:
         return Work([each], reals=launch.programs * moved)
     if launch.name == "narrow":
         return _narrow(launch)
-    rows, ending = given["M"], {"sum_of": 4 * over(launch.programs, PARTIALS)}
+    rows, ending = given["M"], {"sums_of_all": over(launch.programs, PARTIALS)}
     if launch.name == "loss_grad":
         groups = over(over(rows, sides["BM"]), launch.programs)
         trips = groups * over(given["N"], sides["BN"])
@@ -119,7 +119,7 @@ def _narrow(launch: Recorded) -> Work:
         )
         for count, times in zip(counts, trips, strict=True)
     ]
-    ending = {"sum_of": 4 * over(programs, PARTIALS)}
+    ending = {"sums_of_all": over(programs, PARTIALS)}
     return Work(each, ending, read[0] * tiles, read[1] * tiles + weights * programs)
 
 
@@ -174,54 +174,73 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
         ONCE: 0, "resident_kernel": 1, "measure()": 1, "forward()": len(tiles), "output_and_loss()": 1,
         "backward()": len(back), "gradients_of_layer()": len(sizes), "tick()": 1,
         "update_from_memory()": launch.arguments["stored"], "measure.normaliser_of": _weighing(launch, CHUNK.value),
-        "forward": down * len(tiles), "forward 2": sum(tiles),
+        "forward": sum(tiles),
         "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
-        "output_and_loss": outputs, "output_tile.affine_tile": outputs * over(sizes[-1][1], tile.depth),
-        "backward": down * len(back), "backward 2": sum(count for count, _ in back),
+        "output_and_loss": outputs, "backward": sum(count for count, _ in back),
+        "output_tile.affine_tile": outputs * over(sizes[-1][1], tile.depth),
         "backward.input_gradient": sum(count * passes for count, passes in back),
-        "gradients_of_layer": sum(over(n, tile.weight_rows) for n, _ in sizes), "gradients_of_layer 2": sum(weights),
-        "gradients_of_layer.weight_sums": sum(weights) * down,
-        "gradients_of_layer 3": len(sizes), "gradients_of_layer 4": sum(vectors),
+        "gradients_of_layer": sum(weights), "gradients_of_layer.weight_tile": sum(weights) * down,
+        "gradients_of_layer 2": len(sizes), "gradients_of_layer 3": sum(vectors),
         "gradients_of_layer.column_sums": sum(vectors) * down,
     }  # fmt: skip
 
 
-def card_phases(launch: Recorded) -> list[list[dict[str, int]]]:
-    """Return the trips of the loops of ``card_kernel`` in each phase of a step, for each program. Programs meet after a
-    phase but the first."""
-    batch, tile, programs = launch.arguments["M"], launch.tile, launch.programs
+def card_phases(launch: Recorded) -> tuple[list[list[dict[str, int]]], dict[str, int]]:
+    """Return the trips of the loops of ``card_kernel`` in each phase of a step, for each program with tiles, which meet
+    after a phase; and those of the program without, beside the phases that follow the loss."""
+    batch, tile, workers = launch.arguments["M"], launch.tile, max(launch.programs - 1, 1)
     assert isinstance(tile, configs.ResidentTile)
     places = [resident_layers.LAYER_FIELDS.index(name) for name in ("N", "K")]
     sizes = [[row[place] for place in places] for row in launch.arguments["layers"].tolist()]
-    down, step = over(batch, tile.rows), tile.split * tile.depth
+    down, blocks = over(batch, tile.rows), over(batch, tile.output_rows)
+    along, back = over(batch, tile.split * tile.depth), launch.arguments["lowest"] < len(sizes) - 1
 
-    def own(tiles: int, program: int, dealt: int = 0) -> int:
-        return max(over(tiles - (program - dealt) % programs, programs), 0)
+    def own(tiles: int, worker: int, dealt: int = 0) -> int:
+        return max(over(tiles - (worker - dealt) % workers, workers), 0)
 
-    def shared(name: str, tiles: int, reduction: int, **others: int) -> list[dict[str, int]]:
-        counts = [own(tiles, program) for program in range(programs)]
-        return [{name: each, f"{name}.tile_product": each * over(reduction, step), **others} for each in counts]
+    def shared(name: str, loop: str, tiles: int, passes: int, **once: int) -> list[dict[str, int]]:
+        counts = [own(tiles, worker) for worker in range(workers)]
+        return [{name: count, loop: count * passes, **once} for count in counts]
 
-    ahead = [shared("forward", down * over(n, tile.columns), k, **{"card_kernel 2": 1}) for n, k in sizes[:-1]]
-    loss = shared("output_and_loss", over(batch, tile.output_rows), sizes[-1][1])
-    back = [shared("backward", down * over(k, tile.columns), n, **{"card_kernel 3": 1}) for n, k in sizes[:0:-1]]
-    last = [dict[str, int]() for _ in range(programs)]
-    for program, trips in enumerate(last):
+    def passes(reduction: int) -> int:
+        return over(reduction, tile.split * tile.depth)
+
+    phases = [
+        shared(
+            "forward", "forward.affine_tile_of_parts", down * over(n, tile.columns), passes(k), **{"card_kernel 2": 1}
+        )
+        for n, k in sizes[:-1]
+    ]
+    n, k = sizes[-1]
+    tiles = blocks * (over(k, tile.columns) if back else 1)
+    loss = shared(
+        "loss_and_gradient", "output_tile.affine_tile_of_parts", tiles, passes(k), **{"loss_and_gradient()": 1}
+    )
+    weighing = _weighing(launch, CHUNK.value)
+    for trips in loss:
+        count = trips["loss_and_gradient"] * back
+        trips |= {"backward": count, "backward.input_sums_of_parts": count, "loss_and_gradient.normaliser_of": weighing}
+    lower = sizes[launch.arguments["lowest"] + 1 : -1]
+    phases += [loss]
+    phases += [
+        shared(
+            "backward", "backward.input_sums_of_parts", down * over(k, tile.columns), passes(n), **{"card_kernel 3": 1}
+        )
+        for n, k in lower[::-1]
+    ]
+    last = [dict[str, int]() for _ in range(workers)]
+    for worker, trips in enumerate(last):
         dealt = weights = biases = 0
         for n, k in sizes:
-            tall = over(n, tile.weight_rows)
-            wide = tall * over(k, tile.weight_columns)
-            weights += own(wide, program, dealt)
-            biases += own(tall, program, dealt + wide)
-            dealt += wide + tall
-        trips |= {"update_layers": len(sizes), "update_layers 2": weights, "update_layers 3": biases}
-        trips |= {
-            f"update_layers{loop}": each * over(batch, step)
-            for loop, each in ((".tile_product", weights), (" 4", biases))
-        }
-    # the last program takes the way through the clock, not the usual one
-    last[-1] |= {"tick()": 1, "card_kernel": -1, "sum_of": 3 * over(programs, PARTIALS)}
-    return [[{"card_kernel": 1}], *ahead, loss, *back, last]
+            wide = over(n, tile.weight_rows) * over(k, tile.weight_columns)
+            weights += own(wide, worker, dealt)
+            biases += own(over(n, card.VECTOR.value), worker, dealt + wide)
+            dealt += wide + over(n, card.VECTOR.value)
+        trips |= {"card_kernel 4": len(sizes), "gradients_of_layer 2": len(sizes)}
+        trips |= {"gradients_of_layer": weights, "gradients_of_layer.weight_tile": weights * along}
+        trips |= {"gradients_of_layer 3": biases, "gradients_of_layer.column_sums": biases * along}
+    keeping = {"keep()": 1, "keep.sums_of_all": over(blocks, PARTIALS), "keep.normaliser_of": weighing}
+    return [*phases, last], keeping
 
 
 def resident_programs(row: Row, warps: int) -> int:

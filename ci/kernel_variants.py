@@ -99,7 +99,7 @@ POINTERS = {
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
-    **{"arrived": "i64", "clocks": "i64", "clock_numbers": "fp64"},
+    **{"arrived": "i64", "copies": "compute", "hyper_copies": "fp64"},
     "ticket": "i32",
     **{f"{name}{index}": kind for name, kind in (("w", "compute"), ("b", "fp32")) for index in range(3)},
 }
@@ -220,12 +220,12 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 yield Variant(kernel, ELEMENTS[precision], rows, {**constants, "BM": rows.rows, "BK": rows.columns})
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
-            constants = configs.resident_constants(resident_tile, product)
+            constants = configs.resident_constants(resident_tile, product, entropy=True)
             yield Variant("resident", precision, resident_tile, constants)
         if "card" in configs.TABLES[arch.family]:
             for card_tile in configs.resident_tiles(arch.family, precision, "card"):
                 for entropy in (False, True):
-                    constants = configs.card_constants(card_tile, product, entropy=entropy)
+                    constants = configs.resident_constants(card_tile, product, entropy)
                     yield Variant("card", precision, card_tile, constants)
     narrow_tile = configs.narrow_tile(arch, precision)
     if narrow_tile is not None:

@@ -376,13 +376,15 @@ def triton_file() -> str:
         stored[name] += [f"{state} = tl.load({place}, mask=mask, other=0.0)" for state, place in places]
         stored[name] += assigned(update.element, real)
         stored[name] += [f"tl.store({place}, {state}, mask=mask)" for state, place in places]
-    body = ["rate = tl.load(hyper + LEARNING_RATE) * factor", "p = tl.load(p_at, mask=mask, other=0.0)"]
+    # all that is read comes before the first store, which it would wait for
+    body = ["rate = tl.load(hyper + LEARNING_RATE) * factor", "averages = tl.load(rule + EMA) != 0.0"]
+    body.append("p = tl.load(p_at, mask=mask, other=0.0)")
     before, after = stored.pop("decay"), stored.pop("average")
     body += [*before, *chain("RULE", stored, [f"p += {nan}"], "RULE_")]
     body += ["tl.store(p_at, p, mask=mask)", "if shadowed != 0:"]
     body.append("    tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)")
     # last, where the fewest registers are in use
-    body += ["if tl.load(rule + EMA) != 0.0:", *indented(after)]
+    body += ["if averages:", *indented(after)]
     arguments = (
         "g, p_at, first_at, second_at, average_at, shadow_at, mask, hyper, rule, factor, decay, shadowed, "
         "RULE: tl.constexpr"

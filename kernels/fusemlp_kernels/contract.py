@@ -275,7 +275,7 @@ class ResidentLimits:
     ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: its
     step takes ``step`` seconds, and one for each ``speed`` floating-point operations. In launches on the whole card it
     takes ``launch`` seconds for each, and ``element`` for each element along the products' reductions, which run one
-    after another. With ``tiles`` no phase may have more of them: 16 x 64 weights, or 16 x 16 outputs of a layer.
+    after another.
     """
 
     kernel: str
@@ -289,7 +289,6 @@ class ResidentLimits:
     speed: float
     launch: float = 0.0
     element: float = 0.0
-    tiles: int | None = None
 
     def resident_seconds(self, flops: int) -> float:
         """Return the time of a step of ``flops`` operations in the resident kernel."""
@@ -379,12 +378,6 @@ def resident_refusal(
             return f"{count} {what} are more than the {most} of {kernel}"
     if precision not in limits.precisions:
         return f"{kernel} is for {', '.join(limits.precisions)}, not for {precision}"
-    widths = [[-(-size // side) for size in sizes] for side in (16, 64)]
-    # a layer's biases are a column of tiles more
-    weights = sum(n * (k + 1) for n, k in zip(widths[0][1:], widths[1], strict=False))
-    tiles = max([weights, *(-(-batch // 16) * n for n in widths[0][1:-1])])
-    if limits.tiles is not None and tiles > limits.tiles:
-        return f"{tiles} tiles are more than the {limits.tiles} programs of {kernel}, which would take turns"
     return None
 
 

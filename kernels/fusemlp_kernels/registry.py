@@ -46,10 +46,7 @@ TRAITS = {
             launch=2.1e-6,
             element=3e-9,
         ),
-        # the programs of an H100: with two tiles each ci/kernel_model.py expects no less than of launches
-        card=ResidentLimits(
-            "card kernel", 8, 4096, 1024, 16, 1024, ("fp32", "tf32", "bf16"), step=8e-6, speed=2e13, tiles=132
-        ),
+        card=ResidentLimits("card kernel", 8, 4096, 1024, 16, 1024, ("fp32", "tf32", "bf16"), step=8e-6, speed=2e13),
         # two programs on each multiprocessor of an H100
         narrow=NarrowLimits(layers=2, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),
     ),

@@ -133,7 +133,7 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
     (program,) = kernel_programs.programs_of(resident)
     # 4 steps of 8 parts of 32 along 784 inputs; 4 tiles of 256 inputs in the first gradient and one in the second
     assert program.trips["forward.affine_tile_of_parts"] == 4
-    assert program.trips["gradients_of_layer.weight_sums"] == 4 + 1
+    assert program.trips["gradients_of_layer.weight_tile"] == 4 + 1
     assert program.trips["backward.input_gradient"] == 1
 
 

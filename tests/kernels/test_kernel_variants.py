@@ -282,7 +282,7 @@ def test_networks_within_the_limits_have_a_compiled_kernel(target, sizes, output
         assert resident_refusal(TRAITS["triton"].resident, "triton", sizes, 64, precision, ()) is None
         tile = configs.resident_tile(arch, precision, sizes)
         assert tile.outputs == outputs >= sizes[-1]
-        constants = configs.resident_constants(tile, arch.product(precision))
+        constants = configs.resident_constants(tile, arch.product(precision), True)
         assert kernel_variants.Variant("resident", precision, tile, constants).name in known
 
 

@@ -104,37 +104,37 @@ def sum_of(partials, count, stride, BLOCK: tl.constexpr):
 def advance_clock(counters, hyper, rates, rule, applied, skipped):
     """Advance the clock after a batch, in one program. ``applied``: it had an update; ``skipped``: its gradients had
     overflowed."""
-    tl.store(counters + BATCH_INDEX, tl.load(counters + BATCH_INDEX) + 1)
-    step = tl.load(counters + ROW_STEP)
+    # all that is read comes before the first store, which it would wait for
+    updates, last = tl.load(counters + UPDATE_COUNT), tl.load(rates + ROWS_FILLED).to(tl.int64) - 1
+    place = updates + 1 - tl.load(rates + FIRST_UPDATE).to(tl.int64)
+    batch, offset = tl.load(counters + BATCH_INDEX), tl.load(counters + ROW_OFFSET)
+    step, total = tl.load(counters + ROW_STEP), tl.load(counters + ROW_TOTAL)
+    factor, scaled = tl.load(hyper + RATE_SCALE), tl.load(rule + SCALED) != 0.0
+    scale, good = tl.load(hyper + LOSS_SCALE), tl.load(hyper + GOOD_UPDATES) + 1.0
+    row = rates + (1 + tl.maximum(tl.minimum(place, last), 0)) * RATE_COLUMNS
+    rate, share = tl.load(row + LEARNING_RATE) * factor, tl.load(row + RATE_SHARE)
+    correction1, correction2 = tl.load(row + BIAS_CORRECTION_1), tl.load(row + BIAS_CORRECTION_2)
+    tl.store(counters + BATCH_INDEX, batch + 1)
     if step != 0:
-        total = tl.load(counters + ROW_TOTAL)
-        offset = tl.load(counters + ROW_OFFSET) + step
-        offset = tl.where(offset >= total, 0, offset)
+        offset = tl.where(offset + step >= total, 0, offset + step)
         tl.store(counters + ROW_OFFSET, offset)
         tl.store(counters + ROW_COUNT, tl.minimum(step, total - offset))
-    scaled = tl.load(rule + SCALED) != 0.0
     if skipped:
         tl.store(counters + SKIPPED, tl.load(counters + SKIPPED) + 1)
         tl.store(counters + SKIPPED_IN_A_ROW, tl.load(counters + SKIPPED_IN_A_ROW) + 1)
-        tl.store(hyper + LOSS_SCALE, tl.load(hyper + LOSS_SCALE) * 0.5)
+        tl.store(hyper + LOSS_SCALE, scale * 0.5)
         tl.store(hyper + GOOD_UPDATES, 0.0)
     if applied:
         if scaled:
-            tl.store(counters + SKIPPED_IN_A_ROW, 0)
-            good = tl.load(hyper + GOOD_UPDATES) + 1.0
             grows = good >= GROWTH_INTERVAL
-            scale = tl.load(hyper + LOSS_SCALE)
+            tl.store(counters + SKIPPED_IN_A_ROW, 0)
             tl.store(hyper + LOSS_SCALE, tl.where(grows, scale * 2.0, scale))
             tl.store(hyper + GOOD_UPDATES, tl.where(grows, 0.0, good))
-        count = tl.load(counters + UPDATE_COUNT) + 1
-        tl.store(counters + UPDATE_COUNT, count)
-        place = count - tl.load(rates + FIRST_UPDATE).to(tl.int64)
-        last = tl.load(rates + ROWS_FILLED).to(tl.int64) - 1
-        row = rates + (1 + tl.maximum(tl.minimum(place, last), 0)) * RATE_COLUMNS
-        tl.store(hyper + LEARNING_RATE, tl.load(row + LEARNING_RATE) * tl.load(hyper + RATE_SCALE))
-        tl.store(hyper + BIAS_CORRECTION_1, tl.load(row + BIAS_CORRECTION_1))
-        tl.store(hyper + BIAS_CORRECTION_2, tl.load(row + BIAS_CORRECTION_2))
-        tl.store(hyper + SHARE, tl.load(row + RATE_SHARE))
+        tl.store(counters + UPDATE_COUNT, updates + 1)
+        tl.store(hyper + LEARNING_RATE, rate)
+        tl.store(hyper + BIAS_CORRECTION_1, correction1)
+        tl.store(hyper + BIAS_CORRECTION_2, correction2)
+        tl.store(hyper + SHARE, share)
 
 
 @triton.jit

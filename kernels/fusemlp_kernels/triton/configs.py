@@ -61,8 +61,8 @@ class Tile:
 class ResidentTile(Tile):
     """The tiles of ``train_resident``: ``rows`` x ``columns`` forward and ``rows`` x ``depth`` back, where each is also
     the other's reduction; ``weight_rows`` x ``weight_columns`` of the gradients by weights; ``output_rows`` whole rows
-    of at most ``outputs`` logits. Forward alone the reduction is cut. The tiles are for networks of at most ``inputs``
-    and of layers of at most ``units``."""
+    of at most ``outputs`` logits. Forward alone the reduction is cut, on the whole card everywhere: a tile back is then
+    ``rows`` x ``columns``. The tiles are for networks of at most ``inputs`` and of layers of at most ``units``."""
 
     weight_rows: int = 16
     weight_columns: int = 16
@@ -229,18 +229,13 @@ def resident_tile(arch: Architecture, precision: str, sizes: Sequence[int], tabl
     return next(fits, tiles[-1])
 
 
-def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
-    """Return the constants of ``resident_kernel``."""
+def resident_constants(tile: ResidentTile, product: str, entropy: bool) -> dict[str, Any]:
+    """Return the constants of ``resident_kernel``, or of ``card_kernel``, for whose loss a kernel is compiled."""
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "WN": tile.weight_rows, "WK": tile.weight_columns,
-        "BO": tile.output_rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "PRODUCT": product, "PARTS": tile.parts,
+        "BO": tile.output_rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "PRODUCT": product,
+        **({"CROSS_ENTROPY": entropy} if tile.cooperative else {"PARTS": tile.parts}),
     }  # fmt: skip
-
-
-def card_constants(tile: ResidentTile, product: str, *, entropy: bool) -> dict[str, Any]:
-    """Return the constants of ``card_kernel``."""
-    sides = {name: side for name, side in resident_constants(tile, product).items() if name != "PARTS"}
-    return {**sides, "CROSS_ENTROPY": entropy}
 
 
 def narrow_tile(arch: Architecture, precision: str) -> Tile | None:

@@ -402,12 +402,11 @@ def _bind(
         rows_size=rows.shape[1], rates_size=arenas["rates"].shape[1] * RATE_COLUMNS, stored=int(stored),
         shadowed=int(shadowed), **_order(op, first, stored), **target_arguments(device, output),
         lowest=min(first.backward, default=len(table) - 1), arrived=device.zeros(1, "int64"),
-        partials=device.zeros(programs * PARTIALS.value, "float64"), clocks=device.zeros(programs * COUNTERS, "int64"),
-        clock_numbers=device.zeros(programs * HYPER, "float64"),
+        partials=device.zeros(-(-call.batch // tile.output_rows) * PARTIALS.value, "float64"),
+        copies=device.zeros(programs * tile.output_rows * tile.outputs, "compute"),
+        hyper_copies=device.zeros(programs * HYPER, "float64"),
     )  # fmt: skip
-    constants = configs.resident_constants(tile, device.product)
-    if card:
-        constants = configs.card_constants(tile, device.product, entropy=first.loss.kind == "cross_entropy")
+    constants = configs.resident_constants(tile, device.product, first.loss.kind == "cross_entropy")
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 

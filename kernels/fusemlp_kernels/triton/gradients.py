@@ -29,7 +29,7 @@ INPUT_BLOCKS = {"dz": ("BM", "BN"), "w": ("BN", "BK")}
 @triton.jit
 def input_sums_of_parts(
     dz, w, at_m, at_k, M, N, K, dz_row, w_row,
-    BN: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    BN: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Return the tile at ``at_m``, ``at_k`` of dz @ w, aligned matrices, with the reduction in parts; see
     ``linear.affine_tile_of_parts``."""
@@ -41,8 +41,12 @@ def input_sums_of_parts(
     acc = tl.zeros((SPLIT, at_m.shape[0], at_k.shape[0]), tl.float32)
     rest = tl.zeros((SPLIT, at_m.shape[0], at_k.shape[0]), tl.float32)
     for start in range(0, N, SPLIT * BN):
-        dz_tile = tl.load(dz_at, mask=inside_m[None, :, None] & (at_n < width - start)[:, None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=(at_n < N - start)[:, :, None] & stored_k[None, None, :], other=0.0)
+        dz_tile = tl.load(
+            dz_at, mask=inside_m[None, :, None] & (at_n < width - start)[:, None, :], other=0.0, cache_modifier=CACHE
+        )
+        w_tile = tl.load(
+            w_at, mask=(at_n < N - start)[:, :, None] & stored_k[None, None, :], other=0.0, cache_modifier=CACHE
+        )
         acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
         dz_at += SPLIT * BN
         w_at += SPLIT * BN * pitch
@@ -54,10 +58,10 @@ def input_gradient(
     dz, w, y, out, tile_m, tile_k, batch_index, M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
     activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr, SPLIT: tl.constexpr, DESCRIBED: tl.constexpr = False,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, DESCRIBED: tl.constexpr = False, CACHE: tl.constexpr = None,
 ):  # fmt: skip
     """A tile (BM, BK) of ``out``, see ``grad_input_kernel``, of a batch of M rows; BN goes along the reduction. Returns
-    the tile's part of prelu's gradient, float32."""
+    the tile's part of prelu's gradient, float32. ``CACHE`` as in ``linear.affine_tile_of_parts``."""
     at_m = tile_m * BM + tl.arange(0, BM)
     at_k = tile_k * BK + tl.arange(0, BK)
     at_n = tl.arange(0, BN)
@@ -66,24 +70,33 @@ def input_gradient(
     width, pitch = masked_width(N, ALIGNED), row_pitch(w_row, ALIGNED)
     step = column_step(dz_col, ALIGNED)
     stored_k = at_k < masked_width(K, ALIGNED)
+    y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
+    y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
+    if PARTS == 1:
+        # few numbers, which load during the product
+        outputs = tl.load(
+            y_rows + at_k[None, :] * y_step, mask=inside_m[:, None] & stored_k[None, :], other=0.0, cache_modifier=CACHE
+        )
     if DESCRIBED:
         acc = described_product(dz, w, tile_m * BM, tile_k * BK, 0, N, False, False, BM, BK, BN, PRODUCT)
     elif SPLIT > 1:
-        acc = input_sums_of_parts(dz, w, at_m, at_k, M, N, K, dz_row, w_row, BN, SPLIT, PRODUCT)
+        acc = input_sums_of_parts(dz, w, at_m, at_k, M, N, K, dz_row, w_row, BN, SPLIT, PRODUCT, CACHE)
     else:
         dz_at = dz + far[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
         w_at = w + at_n.to(tl.int64)[:, None] * pitch + at_k[None, :] * column_step(w_col, ALIGNED)
         acc = tl.zeros((BM, BK), tl.float32)
         rest = tl.zeros((BM, BK), tl.float32)
         for start in range(0, N, BN):
-            dz_tile = tl.load(dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0)
-            w_tile = tl.load(w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0)
+            dz_tile = tl.load(
+                dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0, cache_modifier=CACHE
+            )
+            w_tile = tl.load(
+                w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0, cache_modifier=CACHE
+            )
             acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
             dz_at += BN * step
             w_at += BN * pitch
         acc = whole_sum(acc, rest, PRODUCT)
-    y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
-    y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
     below = tl.full((), 0.0, tl.float32)
     for piece in tl.static_range(PARTS):
         first = tile_k * BK + piece * (BK // PARTS)
@@ -93,7 +106,9 @@ def input_gradient(
         if threshold > 0:
             keep = keep_mask(tile_m * BM, first, batch_index, layer, key0, key1, threshold, BM, BK // PARTS)
             g = tl.where(keep, g * keep_scale, 0.0)
-        v = tl.load(y_rows + near[None, :] * y_step, mask=stored, other=0.0).to(tl.float32)
+        if PARTS > 1:
+            outputs = tl.load(y_rows + near[None, :] * y_step, mask=stored, other=0.0, cache_modifier=CACHE)
+        v = outputs.to(tl.float32)
         if needs_z(activation) == 0:
             v = v * kept_share
         result = tl.where((near < K)[None, :], g * derivative(v, activation, slope), 0.0)
@@ -197,7 +212,7 @@ def weight_sums(
 
 
 @triton.jit
-def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: tl.constexpr):
+def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: tl.constexpr, CACHE: tl.constexpr):
     """Return the sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32.
 
     For a batch of few tiles, in ``train_resident``; see ``bias_sums``.
@@ -207,7 +222,7 @@ def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: t
     for start in range(begin, end, BM):
         inside_b = start + at_b < end
         dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
-        dz_tile = tl.load(dz_at, mask=inside_b[:, None] & (at_n < N)[None, :], other=0.0)
+        dz_tile = tl.load(dz_at, mask=inside_b[:, None] & (at_n < N)[None, :], other=0.0, cache_modifier=CACHE)
         sums += tl.sum(dz_tile.to(tl.float32), axis=0)
     return sums
 

@@ -59,9 +59,11 @@ def affine_tile(
 def affine_tile_of_parts(
     x, w, b, rows, row, col, M, N, K, x_row, w_row, b_step, gather,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    CACHE: tl.constexpr = None,
 ):  # fmt: skip
     """``affine_tile`` of aligned matrices, with the reduction cut into SPLIT parts, which take BK elements each at a
-    time; the sums of the parts are added in a fixed order.
+    time; the sums of the parts are added in a fixed order. ``CACHE``: ".cg" reads what other programs of the launch
+    have stored.
 
     Triton gives each part to warps of its own, so that the reduction has fewer steps one after another.
     """
@@ -74,16 +76,17 @@ def affine_tile_of_parts(
     width = masked_width(K, True)
     x_at = x + (tl.where(wanted, source, 0) * row_pitch(x_row, True))[None, :, None] + at_k[:, None, :]
     w_at = w + (at_n.to(tl.int64) * row_pitch(w_row, True))[None, None, :] + at_k[:, :, None]
+    # few numbers, which load during the product
+    bias = tl.load(b + at_n * b_step, mask=named, other=0.0, cache_modifier=CACHE)
     z = tl.zeros((SPLIT, BM, BN), tl.float32)
     rest = tl.zeros((SPLIT, BM, BN), tl.float32)
     for start in range(0, width, SPLIT * BK):
         inside = at_k < width - start
-        x_tile = tl.load(x_at, mask=wanted[None, :, None] & inside[:, None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=named[None, None, :] & inside[:, :, None], other=0.0)
+        x_tile = tl.load(x_at, mask=wanted[None, :, None] & inside[:, None, :], other=0.0, cache_modifier=CACHE)
+        w_tile = tl.load(w_at, mask=named[None, None, :] & inside[:, :, None], other=0.0, cache_modifier=CACHE)
         z, rest = product(x_tile, w_tile, z, rest, PRODUCT)
         x_at += SPLIT * BK
         w_at += SPLIT * BK
-    bias = tl.load(b + at_n * b_step, mask=named, other=0.0)
     return tl.sum(whole_sum(z, rest, PRODUCT), axis=0) + bias[None, :]
 
 
@@ -143,6 +146,8 @@ def linear_kernel(
     network are run-time values.
     """
     rows = this_batch(rows, counters, gather)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     row, col = tile_m * BM, tile_n * BN
     if DESCRIBED:
@@ -155,8 +160,6 @@ def linear_kernel(
         acc = affine_tile(
             x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
         )
-    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
-    batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     store_outputs(
         acc, y, z, row, col, batch_index, M, N, y_row, y_col, z_row, z_col, activation, slope, store_z,
         layer, key0, key1, threshold, keep_scale, BM, BN, ALIGNED, PARTS,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.triton.clock import LOSS_SCALE, ROW_COUNT, is_last, sum_of
+from fusemlp_kernels.triton.clock import LOSS_SCALE, ROW_COUNT, is_last
 from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts
 from fusemlp_kernels.triton.pointwise_triton import (
     BINARY_CROSS_ENTROPY,
@@ -131,32 +131,62 @@ def wanted(weights, label, at_n, inside, targets, class_weight, N, settings):
 
 
 @triton.jit
-def record_loss(total, right, scored, stats, settings, normaliser):
-    """Add to ``stats`` a batch's sum of losses, its right answers, and the number of answers asked for, all float64."""
-    mean = tl.load(settings + MEAN) != 0.0
-    divisor = tl.where(mean & (normaliser != 0.0), normaliser, 1.0)
-    total = tl.where(mean & (normaliser == 0.0), 0.0, total)
-    tl.store(stats + LAST_LOSS, total / divisor)
-    tl.store(stats + LOSS_SUM, tl.load(stats + LOSS_SUM) + total)
-    if mean:
-        tl.store(stats + NORM_SUM, tl.load(stats + NORM_SUM) + normaliser)
-    if tl.load(settings + ACCURACY) != 0.0:
-        tl.store(stats + CORRECT, tl.load(stats + CORRECT) + right)
-        tl.store(stats + SCORED, tl.load(stats + SCORED) + scored)
+def account(stats, settings):
+    """Return what ``record_loss`` adds to, and the settings that say how; they load while the kernel goes on."""
+    mean, counting = tl.load(settings + MEAN), tl.load(settings + ACCURACY)
+    losses, norms = tl.load(stats + LOSS_SUM), tl.load(stats + NORM_SUM)
+    return mean, counting, losses, norms, tl.load(stats + CORRECT), tl.load(stats + SCORED)
 
 
 @triton.jit
-def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs):
-    """Store this program's sums; the last program adds them up into ``stats`` and ``dslope``."""
+def record_loss(total, right, scored, stats, before, normaliser):
+    """Add to ``stats`` a batch's sum of losses, its right answers, and the number of answers asked for, all float64;
+    ``before`` is the ``account``."""
+    mean, counting, losses, norms, correct, asked = before
+    divisor = tl.where((mean != 0.0) & (normaliser != 0.0), normaliser, 1.0)
+    total = tl.where((mean != 0.0) & (normaliser == 0.0), 0.0, total)
+    tl.store(stats + LAST_LOSS, total / divisor)
+    tl.store(stats + LOSS_SUM, losses + total)
+    if mean != 0.0:
+        tl.store(stats + NORM_SUM, norms + normaliser)
+    if counting != 0.0:
+        tl.store(stats + CORRECT, correct + right)
+        tl.store(stats + SCORED, asked + scored)
+
+
+@triton.jit
+def add_all(a, b, c, d, e, f, g, h):
+    """Add four numbers to four others."""
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def sums_of_all(partials, programs, BLOCK: tl.constexpr):
+    """Return the sums of the ``PARTIALS`` of all programs; each has the order of ``clock.sum_of``."""
+    loss, right = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    scored, below = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        place, inside = partials + at * PARTIALS, at < programs
+        loss += tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
+        right += tl.load(place + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        scored += tl.load(place + 2, mask=inside, other=0.0, cache_modifier=".cg")
+        below += tl.load(place + 3, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.reduce((loss, right, scored, below), 0, add_all)
+
+
+@triton.jit
+def finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, before, normaliser, program, programs):
+    """Store this program's sums; the last program adds them up into ``stats``, with the ``account`` of before, and
+    ``dslope``."""
     tl.store(partials + program * PARTIALS, loss.to(tl.float64))
     tl.store(partials + program * PARTIALS + 1, right.to(tl.float64))
     tl.store(partials + program * PARTIALS + 2, scored.to(tl.float64))
     tl.store(partials + program * PARTIALS + 3, below.to(tl.float64))
     if is_last(ticket, programs):
-        total = sum_of(partials, programs, PARTIALS, 128)
-        hits = sum_of(partials + 1, programs, PARTIALS, 128)
-        record_loss(total, hits, sum_of(partials + 2, programs, PARTIALS, 128), stats, settings, normaliser)
-        tl.store(dslope, sum_of(partials + 3, programs, PARTIALS, 128).to(tl.float32))
+        total, hits, asked, slope = sums_of_all(partials, programs, 128)
+        record_loss(total, hits, asked, stats, before, normaliser)
+        tl.store(dslope, slope.to(tl.float32))
 
 
 @triton.jit
@@ -255,6 +285,9 @@ def linear_loss_grad_kernel(
     """z = x @ w.T + b, the loss of its activation, and dz (M, N): the logits stay in registers. BN >= N."""
     program = tl.program_id(0)
     row = program * BM
+    # they load during the product
+    before, filled = account(stats, settings), tl.load(counters + ROW_COUNT)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     x_rows = this_batch(x_rows, counters, x_gather)
     if SPLIT > 1:
         z = affine_tile_of_parts(
@@ -265,14 +298,13 @@ def linear_loss_grad_kernel(
             x, w, b, x_rows, row, 0, M, N, K, x_row, x_col, w_row, w_col, b_step, x_gather, BM, BN, BK, PRODUCT, ALIGNED
         )
     at_m, at_n = row + tl.arange(0, BM), tl.arange(0, BN)
-    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
+    count = tl.minimum(filled, M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
     )
     scale = stored_scale(hyper, normaliser, settings, scaled)
-    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     result, loss, right, scored, below = loss_of_rows(
         z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight, weight_step,
         class_weight, ignored, N, settings, gather, activation, slope, BM, CROSS_ENTROPY,
@@ -282,7 +314,7 @@ def linear_loss_grad_kernel(
         dz_at = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
         stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
         tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
-    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs)
+    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, before, normaliser, program, programs)
 
 
 @triton.jit
@@ -414,7 +446,7 @@ def loss_grad_kernel(
 ):  # fmt: skip
     """The loss and dz (M, N) from z (M, N) in memory, any N, BN columns at a time; dz may be z. A program takes every
     ``programs``-th group of BM rows, so that few programs compute the normaliser."""
-    program = tl.program_id(0)
+    program, before = tl.program_id(0), account(stats, settings)
     count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, gather)
@@ -435,4 +467,4 @@ def loss_grad_kernel(
         below += part_below.to(tl.float64)
         right += hits
         scored += asked
-    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs)
+    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, before, normaliser, program, programs)

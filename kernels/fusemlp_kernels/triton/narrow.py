@@ -30,6 +30,7 @@ from fusemlp_kernels.triton.loss import (
     OPTION,
     PARTIALS,
     SMOOTHING,
+    account,
     finish_loss,
     ignored_label,
     normaliser_of,
@@ -263,7 +264,7 @@ def narrow_kernel(
     normaliser = tl.load(partials + programs * PARTIALS + program, volatile=True)
     finish_loss(
         tl.sum(losses.to(tl.float64)), tl.sum(right), asked, tl.full((), 0.0, tl.float32), partials, ticket, stats,
-        dslope, settings, normaliser, program, programs,
+        dslope, account(stats, settings), normaliser, program, programs,
     )  # fmt: skip
 
 

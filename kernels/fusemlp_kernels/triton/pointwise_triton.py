@@ -151,6 +151,7 @@ def stored_update(
     """Update the parameters at ``p_at`` and their states by the gradient ``g``, where ``mask`` is set,
     and with an ``ema`` their average; ``shadow_at`` receives the parameter rounded, where ``shadowed``."""
     rate = tl.load(hyper + LEARNING_RATE) * factor
+    averages = tl.load(rule + EMA) != 0.0
     p = tl.load(p_at, mask=mask, other=0.0)
     decoupled = tl.load(rule + DECOUPLED) != 0.0
     kept = tl.where(decoupled, 1.0 - rate * decay, 1.0)
@@ -202,7 +203,7 @@ def stored_update(
     tl.store(p_at, p, mask=mask)
     if shadowed != 0:
         tl.store(shadow_at, p.to(shadow_at.dtype.element_ty), mask=mask)
-    if tl.load(rule + EMA) != 0.0:
+    if averages:
         share = tl.load(hyper + SHARE)
         average = tl.load(average_at, mask=mask, other=0.0)
         average = average + share.to(tl.float32) * (p - average)

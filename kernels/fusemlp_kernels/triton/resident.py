@@ -27,7 +27,7 @@ from fusemlp_kernels.triton.clock import (
     advance_clock,
 )
 from fusemlp_kernels.triton.gradients import TENSOR_FIELDS, square_sum, whole
-from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM
+from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM, account, record_loss
 from fusemlp_kernels.triton.resident_layers import (
     BACKWARD,
     BATCH_LOSSES,
@@ -41,10 +41,12 @@ from fusemlp_kernels.triton.resident_layers import (
     LIVE_COLUMNS,
     MEASURE,
     MEASURES,
+    NORMALISER,
     PENALTIES,
     PENALTY,
     RULE_COLUMNS,
     SEGMENT_COLUMNS,
+    SETTING_COLUMNS,
     STATS,
     STATS_BLOCK,
     STEPS,
@@ -52,11 +54,11 @@ from fusemlp_kernels.triton.resident_layers import (
     UPDATE,
     backward,
     forward,
+    gradient_at,
     gradients_of_layer,
     measure,
-    model_of,
     number,
-    output_and_loss,
+    output_tile,
     phase_of,
     rows_of,
     update_elements,
@@ -73,12 +75,12 @@ def is_due(counters, rule):
 
 @triton.jit(noinline=True)
 def update_from_memory(
-    weights, params, grads, first, second, average, segments, counters, hyper, rules, tensors, live, trained, size,
+    weights, params, grads, first, second, average, segments, counters, hyper, rules, tensors, entry, trained, size,
     shadowed,
 ):  # fmt: skip
     """Update all tensors by the mean of the accumulated gradients, clipped by their global norm, if this batch is the
     last that the update accumulates."""
-    model = model_of(live)
+    model = tl.load(entry)
     arena = whole(model * size, True)
     weights += arena
     params += arena
@@ -115,12 +117,12 @@ def update_from_memory(
 
 
 @triton.jit(noinline=True)
-def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size):
+def tick(counters, hyper, rates, stats, epoch_stats, rules, entry, measured, M, rates_size):
     """Add the batch to the model's sums and advance its clock; after an epoch store the epoch's sums.
 
     ``advance_clock`` knows one epoch only; with more, this corrects its next rows.
     """
-    model, epochs = model_of(live), number(live + tl.program_id(0) * LIVE_COLUMNS, EPOCHS)
+    model, epochs = tl.load(entry), number(entry, EPOCHS)
     count = rows_of(counters, model, M)
     counters += model * COUNTERS
     stats += model * STATS
@@ -149,6 +151,37 @@ def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, r
         tl.store(counters + ROW_COUNT, tl.minimum(total - inside, step).to(tl.int64))
 
 
+@triton.jit(noinline=True)
+def output_and_loss(
+    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
+    stats, measured, counters, entry, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+    weight_step, ignored_low, ignored_high,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Compute the output layer and dz, and add the loss to ``stats``."""
+    total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    below = tl.full((), 0.0, tl.float32)
+    model = tl.load(entry)
+    normaliser = tl.load(measured + model * MEASURES + NORMALISER)
+    for first in range(0, rows_of(counters, model, M), BM):
+        dz, dz_row = gradient_at(compute, layers, depth - 1, model * work_size)
+        loss, hits, asked, part = output_tile(
+            compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
+            normaliser, dz, dz_row, counters, entry, M, depth, work_size, size, rows_size, label_step, target_row,
+            target_col, weight_step, ignored_low, ignored_high, first, BM, BN, BK, 1, PRODUCT, CROSS_ENTROPY, None,
+        )  # fmt: skip
+        total += loss.to(tl.float64)
+        right += hits
+        scored += asked
+        below += part
+    tl.store(slopes + model * depth + depth - 1, below)
+    sums = stats + model * STATS
+    record_loss(
+        total, right.to(tl.float64), scored.to(tl.float64), sums, account(sums, settings + model * SETTING_COLUMNS),
+        normaliser,
+    )  # fmt: skip
+
+
 @kernel(numbers_from="M")
 def resident_kernel(
     compute, weights, parameters, grads, first, second, average, rows, labels, target, weight, class_weight, slopes,
@@ -166,47 +199,50 @@ def resident_kernel(
     ``rows_size``, ``rates`` ``rates_size``. ``order0`` to ``order3``: the ``phases`` of a step. ``stored``: gradients
     go through memory. ``epoch_stats``: the sums of each epoch; ``live`` has the number of epochs.
     """
-    for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
+    entry = live + tl.program_id(0) * LIVE_COLUMNS
+    for _ in range(number(entry, STEPS)):
         for place in range(phases):
             kind, index = phase_of(place, order0, order1, order2, order3)
             if kind == MEASURE:
                 measure(
-                    measured, parameters, rows, labels, weight, class_weight, layers, settings, counters, live, M,
+                    measured, parameters, rows, labels, weight, class_weight, layers, settings, counters, entry, M,
                     depth, size, rows_size, label_step, weight_step, ignored_low, ignored_high,
                 )  # fmt: skip
             elif kind == FORWARD:
                 forward(
-                    compute, weights, parameters, rows, layers, draws, shares, counters, live, M, depth, work_size,
-                    size, rows_size, index, BM, BN, BK, SPLIT, PRODUCT, PARTS,
+                    compute, weights, parameters, rows, layers, draws, shares, counters, entry, M, depth, work_size,
+                    size, rows_size, index, 0, 1, BM, BN, BK, SPLIT, PRODUCT, PARTS, None,
                 )  # fmt: skip
             elif kind == ENTROPY:
                 output_and_loss(
                     compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                    settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
-                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, True,
+                    settings, hyper, stats, measured, counters, entry, M, depth, work_size, size, rows_size, label_step,
+                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT,
+                    True,
                 )  # fmt: skip
             elif kind == ELEMENTWISE:
                 output_and_loss(
                     compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                    settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
-                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, False,
+                    settings, hyper, stats, measured, counters, entry, M, depth, work_size, size, rows_size, label_step,
+                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT,
+                    False,
                 )  # fmt: skip
             elif kind == BACKWARD:
                 backward(
-                    compute, weights, parameters, layers, draws, shares, slopes, counters, live, M, depth, work_size,
-                    size, index, BM, BN, BK, PRODUCT, PARTS,
+                    compute, weights, parameters, layers, draws, shares, slopes, compute, 0, counters, entry, M, depth,
+                    work_size, size, index, 0, 1, BM, BN, BK, 1, PRODUCT, PARTS, None,
                 )  # fmt: skip
             elif kind == GRADIENTS:
                 gradients_of_layer(
                     compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
-                    tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
-                    WN, WK, BM, OUTPUTS, PRODUCT, PARTS,
+                    tensors, measured, entry, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+                    0, 0, 1, WN, WK, BM, OUTPUTS, PRODUCT, PARTS, None,
                 )  # fmt: skip
             elif kind == UPDATE:
                 update_from_memory(
                     weights, parameters, grads, first, second, average, segments, counters, hyper, rules, tensors,
-                    live, trained, size, shadowed,
+                    entry, trained, size, shadowed,
                 )  # fmt: skip
             else:
-                tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size)
+                tick(counters, hyper, rates, stats, epoch_stats, rules, entry, measured, M, rates_size)
             tl.debug_barrier()

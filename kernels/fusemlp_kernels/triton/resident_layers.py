@@ -1,4 +1,8 @@
-"""The tables of a resident launch, and the phases of its layers: forward, loss, backward, gradients."""
+"""The tables of a launch of many steps, and the phases of its layers: forward, loss, backward, gradients.
+
+A program of ``train_resident`` has a model to itself. On the whole card ``workers`` programs share a model: each takes
+the tiles of a phase from its ``place`` on, every ``workers``-th, and reads what others have stored with ``CACHE``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from fusemlp_kernels.triton.gradients import (
     column_sums,
     input_gradient,
     stored_gradient,
-    weight_sums,
     whole,
 )
 from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
@@ -22,10 +25,9 @@ from fusemlp_kernels.triton.loss import (
     ignored_label,
     loss_of_rows,
     normaliser_of,
-    record_loss,
 )
 from fusemlp_kernels.triton.pointwise_triton import PRELU, RULES, needs_z, stored_update
-from fusemlp_kernels.triton.tiles import masked_width, part_of
+from fusemlp_kernels.triton.tiles import batch_rows, masked_width, part_of, product, row_pitch, whole_sum
 
 # A row of the table of layers, int64: widths; the first element and the row pitch of the input (the first layer's
 # counts from ``compute``, the others' from the model's workspace); the first element of each parameter in the arenas
@@ -93,28 +95,30 @@ def phase_of(place, order0, order1, order2, order3):
 
 
 @triton.jit
-def model_of(live):
-    """Return the model that this program trains. Each phase asks again, so that no register holds the answer through
-    the other phases."""
-    return tl.load(live + tl.program_id(0) * LIVE_COLUMNS)
-
-
-@triton.jit
-def batch_of(rows, counters, model, rows_size):
-    """Return the first row number of the model's batch."""
-    return rows + model * rows_size + tl.load(counters + model * COUNTERS + ROW_OFFSET)
-
-
-@triton.jit
 def rows_of(counters, model, M):
     """Return the number of rows of the model's batch, int32."""
     return tl.minimum(tl.load(counters + model * COUNTERS + ROW_COUNT), M).to(tl.int32)
 
 
 @triton.jit
+def batch_at(rows, counters, entry, M, rows_size, CACHE: tl.constexpr):
+    """Return the model of an ``entry`` of the list of those that train, the number of rows of its batch, the first of
+    their numbers, and the batch's index. Each phase asks again, so that no register holds them through other phases.
+    On the whole card they are known: the model is 0, and the others stand in the places of M, rows and counters."""
+    if CACHE is None:
+        model = tl.load(entry)
+        clock = counters + model * COUNTERS
+        first = rows + model * rows_size + tl.load(clock + ROW_OFFSET)
+        return model, rows_of(counters, model, M), first, tl.load(clock + BATCH_INDEX)
+    else:
+        return 0, M, rows, counters
+
+
+@triton.jit
 def input_of(compute, row, index, work):
-    """Return a layer's input: the data, or the output of the layer before."""
-    return compute + whole(tl.load(row + X) + tl.where(index == 0, 0, work), True)
+    """Return a layer's input, the data or the output of the layer before, and its row pitch."""
+    x = compute + whole(tl.load(row + X) + tl.where(index == 0, 0, work), True)
+    return x, number(row, X_ROW)
 
 
 # Rows whose weights are added at a time: at most the threads of one warp, so that the warps exchange nothing.
@@ -129,39 +133,44 @@ def slope_of(row, shares, params):
     return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
 
 
+@triton.jit
+def own_tile(dealt, place, workers):
+    """Return the first tile of this program, after ``dealt`` tiles of others."""
+    return (place + workers - dealt % workers) % workers
+
+
 @triton.jit(noinline=True)
 def forward(
-    compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
+    compute, weights, params, rows, layers, draws, shares, counters, entry, M, depth, work_size, size, rows_size, index,
+    place, workers,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a hidden layer's outputs."""
-    model = model_of(live)
-    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
-    rows = batch_of(rows, counters, model, rows_size)
+    """Compute this program's tiles of a hidden layer's outputs."""
+    model, count, batch, batch_index = batch_at(rows, counters, entry, M, rows_size, CACHE)
     work, arena = model * work_size, whole(model * size, True)
     weights += arena
     params += arena
     row = layers + index * LAYER_COLUMNS
     draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
     N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
-    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
+    x, x_row = input_of(compute, row, index, work)
+    w, w_row, b = weights + whole(tl.load(row + W), True), number(row, W_ROW), params + tl.load(row + B)
     y, z = compute + whole(work + tl.load(row + Y), True), compute + whole(work + tl.load(row + Z), True)
     slope = slope_of(row, share, params)
     layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
-    store_z = needs_z(activation)
+    store_z, wide = needs_z(activation), tl.cdiv(N, BN)
     gather = tl.where(index == 0, 1, 0)
-    for first in range(0, count, BM):
-        for col in range(0, N, BN):
-            acc = affine_tile_of_parts(
-                x, w, b, rows, first, col, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT
-            )
-            store_outputs(
-                acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
-                layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
-            )  # fmt: skip
+    for tile in range(place, tl.cdiv(count, BM) * wide, workers):
+        first, col = tile // wide * BM, tile % wide * BN
+        acc = affine_tile_of_parts(
+            x, w, b, batch, first, col, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT, CACHE
+        )
+        store_outputs(
+            acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
+            layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -182,16 +191,15 @@ def squares_of_weights(params, layers, depth):
 
 @triton.jit(noinline=True)
 def measure(
-    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, size, rows_size,
+    measured, params, rows, labels, weight, class_weight, layers, settings, counters, entry, M, depth, size, rows_size,
     label_step, weight_step, ignored_low, ignored_high,
 ):  # fmt: skip
     """Store the divisor of the loss of the model's batch, and its ridge, in ``measured``."""
-    model = model_of(live)
+    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, None)
     outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
     found = normaliser_of(
-        batch_of(rows, counters, model, rows_size), rows_of(counters, model, M), labels, label_step, weight,
-        weight_step, class_weight, ignored_label(ignored_low, ignored_high), outputs,
-        settings + model * SETTING_COLUMNS, 1, CHUNK,
+        batch, count, labels, label_step, weight, weight_step, class_weight, ignored_label(ignored_low, ignored_high),
+        outputs, settings + model * SETTING_COLUMNS, 1, CHUNK,
     )  # fmt: skip
     row = measured + model * MEASURES
     tl.store(row + NORMALISER, found * tl.load(row + RATIO))
@@ -207,101 +215,84 @@ def measure(
 
 @triton.jit(noinline=True)
 def output_tile(
-    compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, counters,
-    live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, normaliser,
+    dz, dz_row, counters, entry, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output layer and dz of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses, the
-    right answers, the answers asked for, and prelu's gradient."""
-    model, index = model_of(live), depth - 1
-    count = rows_of(counters, model, M)
-    rows = batch_of(rows, counters, model, rows_size)
-    work, arena = model * work_size, whole(model * size, True)
+    """Compute the output layer and ``dz`` of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses,
+    the right answers, the answers asked for, and prelu's gradient."""
+    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, CACHE)
+    index, work, arena = depth - 1, model * work_size, whole(model * size, True)
     weights += arena
     params += arena
     settings += model * SETTING_COLUMNS
     row = layers + index * LAYER_COLUMNS
-    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
-    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
-    gather = tl.where(index == 0, 1, 0)
-    z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
+    N, K, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, ACTIVATION)
+    x, x_row = input_of(compute, row, index, work)
+    w, w_row, b = weights + whole(tl.load(row + W), True), number(row, W_ROW), params + tl.load(row + B)
     slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
-    scale = gradient_scale(hyper, tl.load(measured + model * MEASURES + NORMALISER), settings, 0)
+    scale = gradient_scale(hyper, normaliser, settings, 0)
+    gather = tl.where(index == 0, 1, 0)
+    if SPLIT > 1:
+        z = affine_tile_of_parts(
+            x, w, b, batch, first, 0, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT, CACHE
+        )
+    else:
+        z = affine_tile(x, w, b, batch, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
     at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
     result, loss, right, scored, below = loss_of_rows(
-        z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
+        z, at_m, at_n, count, scale, batch, labels, label_step, target, target_row, target_col, weight,
         weight_step, class_weight, ignored_label(ignored_low, ignored_high), N, settings, 1, activation, slope,
         BM, CROSS_ENTROPY,
     )  # fmt: skip
-    dz = compute + whole(work + tl.load(row + DZ), True)
-    dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
+    dz_at = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, True) + at_n[None, :]
     stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
     tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
     return loss, right, scored, below
 
 
-@triton.jit(noinline=True)
-def output_and_loss(
-    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
-    stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
-    weight_step, ignored_low, ignored_high,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Compute the output layer and dz, and add the loss to ``stats``."""
-    total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    below = tl.full((), 0.0, tl.float32)
-    for first in range(0, rows_of(counters, model_of(live), M), BM):
-        loss, hits, asked, part = output_tile(
-            compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
-            counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
-            weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
-        )  # fmt: skip
-        total += loss.to(tl.float64)
-        right += hits
-        scored += asked
-        below += part
-    model = model_of(live)
-    tl.store(slopes + model * depth + depth - 1, below)
-    record_loss(
-        total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings + model * SETTING_COLUMNS,
-        tl.load(measured + model * MEASURES + NORMALISER),
-    )  # fmt: skip
+@triton.jit
+def gradient_at(compute, layers, index, work):
+    """Return dz of a layer, and its row pitch."""
+    row = layers + index * LAYER_COLUMNS
+    return compute + whole(work + tl.load(row + DZ), True), number(row, PITCH)
 
 
 @triton.jit(noinline=True)
 def backward(
-    compute, weights, params, layers, draws, shares, slopes, counters, live, M, depth, work_size, size, index,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+    compute, weights, params, layers, draws, shares, slopes, dz, dz_row, counters, entry, M, depth, work_size, size,
+    index, place, workers,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute dz of layer ``index`` from dz of the layer above it, and the gradient by its slope."""
-    model = model_of(live)
-    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
+    """Compute this program's tiles of dz of layer ``index`` from that of the layer above it, which on the whole card is
+    ``dz``, and the gradient by its slope; BN goes along the reduction."""
+    model, count, _, batch_index = batch_at(layers, counters, entry, M, 0, CACHE)
     work, arena = model * work_size, whole(model * size, True)
-    weights += arena
-    params += arena
-    slopes += model * depth
     row = layers + index * LAYER_COLUMNS
     above = row + LAYER_COLUMNS
     draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
     N, K, pitch, activation = number(above, LAYER_N), number(row, LAYER_N), number(row, PITCH), number(row, ACTIVATION)
-    dz, dz_row = compute + whole(work + tl.load(above + DZ), True), number(above, PITCH)
-    w, w_row = weights + whole(tl.load(above + W), True), number(above, W_ROW)
-    y, out = compute + whole(work + tl.load(row + Z), True), compute + whole(work + tl.load(row + DZ), True)
-    slope = slope_of(row, share, params)
+    w, w_row = weights + arena + whole(tl.load(above + W), True), number(above, W_ROW)
+    if CACHE is None:
+        dz, dz_row = gradient_at(compute, layers, index + 1, work)
+    y = compute + whole(work + tl.load(row + Z), True)
+    out, _ = gradient_at(compute, layers, index, work)
+    slope = slope_of(row, share, params + arena)
     layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
-    kept_share = tl.load(share + KEPT_SHARE)
+    kept_share, wide = tl.load(share + KEPT_SHARE), tl.cdiv(K, BK)
     below = tl.full((), 0.0, tl.float32)
-    for tile_m in range(tl.cdiv(count, BM)):
-        for tile_k in range(tl.cdiv(K, BK)):
-            below += input_gradient(
-                dz, w, y, out, tile_m, tile_k, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
-                activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
-                BM, BN, BK, PRODUCT, True, PARTS, 1,
-            )  # fmt: skip
-    tl.store(slopes + index, below)
+    for tile in range(place, tl.cdiv(count, BM) * wide, workers):
+        below += input_gradient(
+            dz, w, y, out, tile // wide, tile % wide, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
+            activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
+            BM, BN, BK, PRODUCT, True, PARTS, SPLIT, False, CACHE,
+        )  # fmt: skip
+    if CACHE is None:
+        tl.store(slopes + model * depth + index, below)
 
 
 @triton.jit
@@ -339,17 +330,37 @@ def finish_gradient(
         )
 
 
+@triton.jit
+def weight_tile(
+    dz, x, batch, at_n, at_k, count, N, K, dz_row, x_row, gather,
+    BM: tl.constexpr, PRODUCT: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Return the tile at ``at_n``, ``at_k`` of dz.T @ x, over the batch's rows."""
+    inside_n, inside_k = at_n < masked_width(N, True), at_k < masked_width(K, True)
+    acc = tl.zeros((at_n.shape[0], at_k.shape[0]), tl.float32)
+    rest = tl.zeros((at_n.shape[0], at_k.shape[0]), tl.float32)
+    # one stage: a batch has few tiles of rows, and often one
+    for start in tl.range(0, count, BM, num_stages=1):
+        at_b = start + tl.arange(0, BM)
+        source = batch_rows(batch, at_b, count, gather)
+        x_at = x + tl.where(source >= 0, source, 0)[:, None] * x_row + at_k[None, :]
+        x_tile = tl.load(x_at, mask=(source >= 0)[:, None] & inside_k[None, :], other=0.0, cache_modifier=CACHE)
+        dz_at = dz + at_b.to(tl.int64)[:, None] * dz_row + at_n[None, :]
+        dz_tile = tl.load(dz_at, mask=(at_b < count)[:, None] & inside_n[None, :], other=0.0, cache_modifier=CACHE)
+        acc, rest = product(tl.trans(dz_tile), x_tile, acc, rest, PRODUCT)
+    return whole_sum(acc, rest, PRODUCT)
+
+
 @triton.jit(noinline=True)
 def gradients_of_layer(
-    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
-    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, measured,
+    entry, M, depth, trained, work_size, size, rows_size, index, stored, shadowed, dealt, place, workers,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
-    model = model_of(live)
-    count = rows_of(counters, model, M)
-    rows = batch_of(rows, counters, model, rows_size)
+    """Compute this program's tiles of the gradients by a layer's weights, bias and slope; update by them, or store
+    them. Return the tiles ``dealt`` in all."""
+    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, CACHE)
     work, arena = model * work_size, whole(model * size, True)
     weights += arena
     params += arena
@@ -363,43 +374,46 @@ def gradients_of_layer(
     tensors += model * trained * TENSOR_FIELDS
     code = number(rule, CODE)
     row = layers + index * LAYER_COLUMNS
-    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
-    dz = compute + whole(work + tl.load(row + DZ), True)
+    N, K, w_row = number(row, LAYER_N), number(row, LAYER_K), row_pitch(number(row, W_ROW), True)
+    x, x_row = input_of(compute, row, index, work)
+    dz, dz_row = gradient_at(compute, layers, index, work)
+    x_row, dz_row = row_pitch(x_row, True), row_pitch(dz_row, True)
     gather = tl.where(index == 0, 1, 0)
-    task = number(row, W_TASK)
+    task, wide = number(row, W_TASK), tl.cdiv(K, BK)
     w = whole(tl.load(row + W), True)
     pull = tl.load(measured + model * MEASURES + PULL)
-    for top in range(0, tl.where(task >= 0, N, 0), BN):
-        at_n = top + tl.arange(0, BN)
-        for col in range(0, K, BK):
-            # one stage: a batch has few tiles of rows, and often one
-            acc = weight_sums(
-                dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64),
-                1, gather, BN, BK, BM, PRODUCT, True, 1,
+    tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
+    for tile in range(own_tile(dealt, place, workers), tiles, workers):
+        at_n, col = tile // wide * BN + tl.arange(0, BN), tile % wide * BK
+        acc = weight_tile(
+            dz, x, batch, at_n, col + tl.arange(0, BK), count, N, K, dz_row, x_row, gather, BM, PRODUCT, CACHE
+        )
+        for piece in tl.static_range(PARTS):
+            near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+            mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+            # 0 * NaN is NaN, and a NaN in the padding would stay there
+            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+            finish_gradient(
+                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
+                second, counters, hyper, rule, tensors, task, code, stored, shadowed,
             )  # fmt: skip
-            for piece in tl.static_range(PARTS):
-                near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
-                mask = (at_n < N)[:, None] & (near < masked_width(K, True))
-                # 0 * NaN is NaN, and a NaN in the padding would stay there
-                g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
-                finish_gradient(
-                    g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
-                    second, counters, hyper, rule, tensors, task, code, stored, shadowed,
-                )  # fmt: skip
+    dealt += tiles
     # the bias, then the slope if there is one to train
     for vector in range(tl.where(number(row, SLOPE_TASK) >= 0, 2, 1)):
         task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
-        size = tl.where(vector == 0, N, 1)
+        length = tl.where(vector == 0, N, 1)
         start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
-        for tile in range(tl.where(task >= 0, tl.cdiv(size, VECTOR), 0)):
+        tiles = tl.where(task >= 0, tl.cdiv(length, VECTOR), 0)
+        for tile in range(own_tile(dealt, place, workers), tiles, workers):
             at = tile * VECTOR + tl.arange(0, VECTOR)
-            mask = at < size
+            mask = at < length
             if vector == 0:
-                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, VECTOR, BM)
+                g = column_sums(dz, at, 0, count, N, dz_row, 1, VECTOR, BM, CACHE)
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
                 g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
                 code, stored, 0,
             )  # fmt: skip
+        dealt += tiles
+    return dealt
