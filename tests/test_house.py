@@ -23,10 +23,10 @@ BUDGETS = {
     "engine/fusemlp/torch": 2_670,
     "engine/fusemlp/training": 2_130,
     "engine/tutorial": 160,
-    "kernels/fusemlp_kernels": 2_800,
+    "kernels/fusemlp_kernels": 2_790,
     "kernels/fusemlp_kernels/cupy": 2_280,
     "kernels/fusemlp_kernels/numpy": 5_590,
-    "kernels/fusemlp_kernels/triton": 5_820,
+    "kernels/fusemlp_kernels/triton": 5_760,
 }
 
 
