@@ -71,10 +71,14 @@ def plain(function, line=""):
     return planted([function], line, r"ld\.global\.cg\.", "ld.global.")
 
 
+def weaker(match):
+    """Read by way of the L1 cache."""
+    return {"ld.global": "ld.global", "cp.async": "cp.async.ca"}[match[1]]
+
+
 @functools.cache
-def trained(edit=str):
-    # with this seed the program of the clock is sometimes ahead of the others
-    with card("sm_90", "fp32", processors=3, edit=edit, orders=2, seed=1) as emulator:
+def trained(edit=str, seed=1):
+    with card("sm_90", "fp32", processors=3, edit=edit, orders=2, seed=seed) as emulator:
         fleet = fleet_of(emulator, 14)
         fleet.run(2)
         return fleet.everything()
@@ -90,7 +94,8 @@ FAULTS = {
     "wait": (planted([whole.wait], "while tl.atomic_add", r"\.acquire\.", ".relaxed."), FOREIGN),
     "threads": (unordered, FOREIGN),
     "copy": (planted([linear.affine_tile_of_parts], "tl.load(", r"cp\.async\.cg\.", "cp.async.ca."), PLAIN),
-    "copy of dz": (planted([gradients.input_sums_of_parts], "tl.load(", r"cp\.async\.cg\.", "cp.async.ca."), PLAIN),
+    # copies or loads, as Triton chooses
+    "dz": (planted([gradients.input_sums_of_parts], "", r"(ld\.global|cp\.async)\.cg", weaker), PLAIN),
     "bias": (plain(linear.affine_tile_of_parts, "tl.load(b + at_n"), PLAIN),
     "batch": (plain(resident_layers.weight_tile), PLAIN),
     "column": (plain(gradients.column_sums), PLAIN),
@@ -105,4 +110,6 @@ FAULTS = {
 def test_what_breaks_the_order_between_programs_is_found(edit, problem):
     sound = trained()
     with pytest.raises((Fault, AssertionError), match=problem):
-        assert_same(trained(edit), sound, "older values")
+        # in some orders alone the program of the clock is ahead of the others
+        for seed in range(1, 5):
+            assert_same(trained(edit, seed), sound, "older values")
