@@ -364,10 +364,10 @@ def _marks(rows: list[list[str]], sep: str) -> tuple[list[str], str, bool]:
     """
     columns = []
     for cells in itertools.zip_longest(*rows, fillvalue=""):
-        own = Counter[str]()
+        forms = Counter[str]()
         for form, count in Counter("\0".join(cells).translate(_FORMS).split("\0")).items():
-            own[_shown(form)] += count
-        columns.append(Counter() if own["dotted"] > own["sure,"] else own)
+            forms[_shown(form)] += count
+        columns.append(Counter() if forms["dotted"] > forms["sure,"] else forms)
     counts: Counter[str] = sum(columns, Counter())
 
     def most(of: Counter[str]) -> str:

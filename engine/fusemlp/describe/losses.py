@@ -136,11 +136,11 @@ class Loss(Description):
 
     def check_network(self, net: MLP) -> None:
         """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
-        given = net.activations[-1].name
+        activation = net.activations[-1].name
         check_together({**net.uses, **self.uses})
-        if self.takes_logits and given != "identity":
+        if self.takes_logits and activation != "identity":
             raise ArgumentError(
-                f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"
+                f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {activation!r}"
             )
         if net.sizes[-1] % self.width or (self.kind == "quantiles" and net.sizes[-1] > self.width):
             raise ShapeError(

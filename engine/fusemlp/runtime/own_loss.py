@@ -30,8 +30,8 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     normaliser = float(len(outputs) if weights is None else weights.sum(dtype=np.float64))
     if not normaliser:
         return 0.0, np.zeros_like(outputs), 0.0
-    given = (outputs.copy(), targets)
-    answer = loss.function(*given, weights=weights) if loss.takes_weights else loss.function(*given)
+    operands = (outputs.copy(), targets)
+    answer = loss.function(*operands, weights=weights) if loss.takes_weights else loss.function(*operands)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         raise ArgumentTypeError(
             f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
