@@ -15,6 +15,7 @@ import itertools
 import math
 import types as python
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,11 +236,20 @@ def transpose_square(
     return types.void(like, *[types.intp] * 5), code
 
 
-# Operands are copied where this was measured to pay: in registers of 32 bytes and less, on x86.
-COPIES = X86 and REGISTER_BYTES < 64
+def _first_cache() -> int:
+    """The bytes of the first data cache of a core, as Linux says; 0 where it does not."""
+    try:
+        return int(Path("/sys/devices/system/cpu/cpu0/cache/index0/size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 0
+
+
+# Operands are copied where this was measured to pay, on x86: in registers of 32 bytes and less, and in longer ones
+# where the cache has 48 KB, as Intel's have it since Ice Lake.
+COPIES = X86 and (REGISTER_BYTES < 64 or _first_cache() >= 48 << 10)
 # Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
 # b to the last beyond which; numbers between the tiles of a copy of a, for each row.
-HALF, STRIP_ROWS, CACHED, BETWEEN = 40960, 4 * TILE_ROWS, 1 << 15, 2
+HALF, STRIP_ROWS, CACHED, BETWEEN = 40960 if REGISTER_BYTES < 64 else 1 << 17, 4 * TILE_ROWS, 1 << 15, 2
 # Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
 TALL_ROWS = math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0
 # The bytes of both copies, in the largest type.
@@ -409,6 +419,6 @@ def by_address(real: Any) -> tuple[Any, Any, Any]:
     def copy_of(function: Any, floats: Sequence[int]) -> Any:
         own = python.FunctionType(function.__code__, names, function.__name__)
         kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
-        return kept_for_calls(lambda: own, own.__name__, np.dtype(real).name, kinds)
+        return kept_for_calls(lambda: own, own.__name__, f"{np.dtype(real).name} {COPIES}", kinds)
 
     return copy_of(_product, (9, 10)), copy_of(_pack, ()), copy_of(_dots, ())
