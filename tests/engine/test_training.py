@@ -105,6 +105,12 @@ class TestHistory:
         assert len(history.seconds) == 3 and min(history.seconds) > 0.0
         assert history.best_epoch == int(np.argmin(history.history["val_loss"]))
         assert history.stopped == ""
+        # a line, also of hundreds of epochs
+        loss, accuracy, *_ = (values[-1] for values in history.history.values())
+        assert repr(history).startswith(f"<History: 3 epochs, loss {loss:.4g}, accuracy {accuracy:.4g}, val_loss ")
+        history.stopped = "the time is over"
+        assert repr(history).endswith("learning_rate 0.1; the time is over>")
+        assert repr(fusemlp.History()) == "<History: 0 epochs>"
 
     def test_without_validation_data_or_classes_there_is_less(self):
         history = make().fit(X, y, epochs=2)

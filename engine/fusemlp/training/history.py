@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
+from fusemlp.describe.text import counted
 from fusemlp.report.diagnosis import Finding, diagnose
 from fusemlp.report.plots import curves_figure, draw
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -37,6 +39,12 @@ class History:
     stopped: str = ""
     chance_loss: float | None = None
     in_use: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return the number of epochs, the last of each quantity, and the reason for an early end."""
+        last = [f"{name} {values[-1]:.4g}" for name, values in self.history.items() if values]
+        epochs = ", ".join([counted(len(self.epochs), "epoch"), *last])
+        return f"<History: {epochs}{'; ' if self.stopped else ''}{self.stopped}>"
 
     def record(self, epoch: int, logs: dict[str, float], seconds: float) -> None:
         """Add an epoch."""
@@ -93,14 +101,12 @@ class History:
 
 
 def _as_float(author: str, name: Any, value: Any) -> float:
-    try:
-        if isinstance(name, str) and not isinstance(value, str | bytes):
+    if isinstance(name, str) and not isinstance(value, str | bytes):
+        with suppress(TypeError, ValueError):
             return float(value)
-        raise TypeError("no number")
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(
-            f"{author}: logs[{name!r}] is {value!r}; the history takes a number by a name, such as logs['val_f1'] = 0.9"
-        ) from error
+    raise ArgumentTypeError(
+        f"{author}: logs[{name!r}] is {value!r}; the history takes a number by a name, such as logs['val_f1'] = 0.9"
+    )
 
 
 @dataclass
