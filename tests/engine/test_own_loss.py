@@ -343,6 +343,12 @@ def test_functions_that_cannot_be_a_loss():
             engine_of(value)
     with pytest.raises(ArgumentError, match="sample_weight: the loss 'mae' takes outputs and targets alone; give it a"):
         engine_of(mae).fit(X, VALUES, epochs=1, sample_weight=WEIGHTS)
+    for name, words in (
+        ("accuracy", r"give a function .* such as \(outputs\.argmax"),
+        ("f1", "for these give a function"),
+    ):
+        with pytest.raises(ArgumentError, match=f"metrics: .*{words}"):
+            engine_of(cross_entropy).evaluate(X, LABELS, metrics=[name])
     with pytest.raises(ArgumentError, match="class_weight: it needs one class for each row"):
         engine_of(cross_entropy).fit(X, LABELS, epochs=1, class_weight="balanced")
     for y, error in ((5.0, ShapeError), (np.full(ROWS, np.inf), DataError), (np.full(ROWS, "a"), DTypeError)):

@@ -213,8 +213,8 @@ def as_metrics(
         if choice == "accuracy" and kind != "numbers":
             if not counts_hits:
                 raise ArgumentError(
-                    f"{argument}: a function as loss counts no 'accuracy'; use 'f1', or a function of targets and "
-                    "outputs"
+                    f"{argument}: a function as loss counts no 'accuracy'; give a function of targets and outputs, "
+                    "such as (outputs.argmax(axis=1) == targets).mean()"
                 )
             continue
         metric = choice if isinstance(choice, Metric) else METRICS.get(choice) if isinstance(choice, str) else None
@@ -232,7 +232,7 @@ def as_metrics(
         if metric is None:
             raise unknown_name(argument, choice, ["accuracy", *METRICS] if kind != "numbers" else METRICS)
         if kind not in metric.kinds:
-            there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "these targets have none"
+            there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "for these give a function"
             raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(filter(None, metric.kinds))}; {there}")
         metrics[metric.name] = metric
     return tuple(metrics.values())
