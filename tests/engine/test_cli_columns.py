@@ -266,6 +266,7 @@ def test_columns_in_other_letters_are_asked_after(tmp_path, capsys):
             "a,price",
             f"no columns 'Prise' to drop; {named}",
         ),
+        ((*train, "--target", "price", "--drop", "a, price"), "a,price", f"{named} --drop a --drop price?"),
         ((*train, *options), "a,price", ""),
         (predict, "A,Price", f"no feature columns 'a'; {other} 'A'? If so, rename in the table."),
         (("evaluate", out, "--data", data), "A,Price", f"{other} 'Price'?"),
@@ -273,5 +274,5 @@ def test_columns_in_other_letters_are_asked_after(tmp_path, capsys):
         data.write_text(data.read_text().replace("a,price", table))
         assert run(*words) == bool(said)
         assert said in capsys.readouterr().err
-    data.write_text("zzz,price\n1,2\n")
+    data.write_text("za,price\n1,2\n")
     assert "did you mean" not in refusal(capsys, *predict, code=1)

@@ -164,14 +164,13 @@ class ColumnChoices:
             both = [name for name in targets if name in chosen]
             if both and option not in ("keep", "categorical"):
                 raise ArgumentError(f"{option}: {both[0]!r} is the target")
-            absent = [name for name in chosen if name not in names]
-            if absent:
-                does = {"id": "name", "group": "group", "time": "order", "weight": "weigh"}
-                purpose = {other: f"{verb} the rows by" for other, verb in does.items()}
-                raise DataError(
-                    f"{path}: no columns {listed(absent)} to {purpose.get(option, option)}; the columns are "
-                    f"{listed(names)}{meant(absent, names)}"
-                )
+            if absent := [name for name in chosen if name not in names]:
+                does = {"id": "name", "time": "order", "weight": "weigh", "categorical": "take"}.get(option, option)
+                does += {"drop": "", "keep": "", "categorical": " as words"}.get(option, " the rows by")
+                near, parts = meant(absent, names), [part.strip() for name in absent for part in name.split(",")]
+                if option not in ("group", "time", "weight") and {*parts} <= {*names}:
+                    near = f"; did you mean {' '.join(f'--{option} {part}' for part in parts)}?"
+                raise DataError(f"{path}: no columns {listed(absent)} to {does}; the columns are {listed(names)}{near}")
         aside = ("id", "group", "weight")
         clashes = {"keep": aside, "categorical": aside, "drop": ("keep", "categorical", *aside), "weight": aside[:2]}
         for option, other in ((option, other) for option, others in clashes.items() for other in others):

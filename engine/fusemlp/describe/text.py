@@ -87,6 +87,7 @@ def listed(names: Iterable[object]) -> str:
 def meant(given: Iterable[str], names: Iterable[str]) -> str:
     """Return a question that names the columns nearest to the ``given`` names, in small letters or capitals."""
     known = {name.lower(): name for name in names}
-    near = [difflib.get_close_matches(name.lower(), known, n=1) for name in given]
+    # a lower cutoff than 0.7 takes 'kind' for 'id'
+    near = [difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7) for name in given]
     found = list(dict.fromkeys(known[one] for names in near for one in names))
     return f"; did you mean {listed(found)}?" if found else ""
