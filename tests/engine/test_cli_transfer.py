@@ -247,7 +247,9 @@ def test_a_source_that_lacks_or_that_a_resumed_run_has_is_refused(big, small, tm
     train = ("train", small, "--target", "price", "--out", tmp_path / "run")
     assert "--freeze: it is for layers that have learned already" in refusal(capsys, *train, "--freeze", "1")
     assert run(*train, "--from", tmp_path / "none") == 1
-    assert "is not a run folder (there is no such folder)" in capsys.readouterr().err
+    assert "is not a run folder (there is no such folder); give one that" in capsys.readouterr().err
+    assert run(*train, "--from", big.with_name(f"{big.name}s")) == 1
+    assert f"(there is no such folder); did you mean '{big.name}'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert "--from: a resumed run keeps its own" in refusal(capsys, "train", "--resume", big, "--from", big)
 

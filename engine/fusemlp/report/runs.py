@@ -25,6 +25,7 @@ import numpy as np
 
 from fusemlp.datasets.textfiles import number
 from fusemlp.describe import checks, description, losses, network, optimizers
+from fusemlp.describe.text import meant
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
@@ -163,7 +164,9 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
     if not run.config.is_file():
         absent = "it is a file" if run.path.exists() else "there is no such folder"
         there = "it has no config.json" if run.path.is_dir() else absent
-        raise CheckpointError(f"run: {str(path)!r} is not a run folder ({there}); give one that fusemlp train made")
+        names = [entry.parent.name for entry in run.path.absolute().parent.glob(f"*/{run.config.name}")]
+        near = meant([run.path.name], names) or "; give one that fusemlp train made"
+        raise CheckpointError(f"run: {str(path)!r} is not a run folder ({there}){near}")
     try:
         # int refuses NaN and Infinity, which write_json does not write
         config = json.loads(run.config.read_text(encoding="utf-8"), parse_constant=int)
