@@ -325,6 +325,7 @@ class TestCallback:
     ("vary", "options", "error", "message"),
     [
         ({"learning_rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'learning_rate'; did you mean 'lr'\?"),
+        ({"rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'rate'; did you mean 'lr'\?"),
         ([{"alpha": 1}], {}, ArgumentError, r"^vary\[0\]: unknown name 'alpha'; did you mean 'weight_decay'\?"),
         ({"hidden": [8, (8, 0)]}, {}, ArgumentError, r"^vary, model 1: hidden: expected a whole number of at least 1"),
         ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence, got"),

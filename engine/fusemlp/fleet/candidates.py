@@ -31,9 +31,9 @@ MOST_MODELS = 100_000
 NAMES = (*OF_OPTIMIZER, *OF_NETWORK, *OF_LOSS, *OF_ENGINE)
 # Other libraries' names, where the spelling does not lead to ours.
 ELSEWHERE = {
-    **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
+    **dict.fromkeys(("learning_rate", "learning_rate_init", "rate"), "lr"),
     **dict.fromkeys(("alpha", "l2"), "weight_decay"),
-    **dict.fromkeys(("hidden_layer_sizes", "sizes", "layers"), "hidden"),
+    **dict.fromkeys(("hidden_layer_sizes", "sizes", "layers", "widths", "units"), "hidden"),
     **dict.fromkeys(("beta1", "beta2", "beta_1", "beta_2"), "betas"),
     "random_state": "seed",
 }
