@@ -5,6 +5,7 @@ Text that a spreadsheet would run as a formula has an apostrophe in front, in al
 
 import csv
 import io
+import sys
 
 import numpy as np
 import pandas
@@ -146,7 +147,7 @@ def test_types_of_a_parquet_file_stay(model, tmp_path):
         pandas.testing.assert_frame_equal(written.drop(columns="prediction"), expected)
 
 
-def test_predictions_on_stdout_are_alone_there(model, new_rows, tmp_path, capsys):
+def test_predictions_on_stdout_are_alone_there(model, new_rows, tmp_path, capsys, monkeypatch):
     assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", tmp_path / "out.csv") == 0
     capsys.readouterr()
     assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", "-") == 0
@@ -154,6 +155,10 @@ def test_predictions_on_stdout_are_alone_there(model, new_rows, tmp_path, capsys
     assert said.out == (tmp_path / "out.csv").read_text()
     assert said.out.startswith("zip,prediction\n")
     assert said.err.endswith("predictions of 3 rows on stdout\n")
+    # before the work
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    words = ("predict", tmp_path / "no run", "--data", new_rows, "--out", tmp_path / "out.xlsx")
+    assert f"{tmp_path / 'out.xlsx'}: Excel files need openpyxl: pip install" in refusal(capsys, *words, code=1)
 
 
 REFUSED = {

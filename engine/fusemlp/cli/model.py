@@ -68,6 +68,8 @@ def predict(options: PredictOptions) -> None:
     data, out, to_stdout = options.data, options.out, str(options.out) == "-"
     if not to_stdout:
         check_output("out", out, OUTPUTS, force=options.force)
+        if out.suffix.lower() == ".xlsx":
+            excel(out)
     elif options.as_json:
         raise ArgumentError("json: with --out - the predictions are on stdout; leave it out, or give --out a file")
     if options.with_data and options.id:
@@ -111,13 +113,14 @@ def predict(options: PredictOptions) -> None:
             mend = "rename them there, or choose columns with --id"
             raise DataError(f"{data}: predictions have columns {listed(twice)} too; {mend}")
         make = partial(table_bytes, "stdout.csv" if to_stdout else out.name, {**ids, **columns}, notes)
+    line = f"predictions of {counted(len(X), 'row')} {'on stdout' if to_stdout else f'in {out}'}"
     if to_stdout:
         sys.stdout.buffer.write(make())
-        print(*notes, f"predictions of {counted(len(X), 'row')} on stdout", sep="\n", file=sys.stderr)
+        print(*notes, line, sep="\n", file=sys.stderr)
         return
     write_made("out", out, make)
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
-    show(about | {"notes": notes}, [*notes, f"predictions of {counted(len(X), 'row')} {out}"], as_json=options.as_json)
+    show(about | {"notes": notes}, [*notes, line], as_json=options.as_json)
 
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:

@@ -206,7 +206,7 @@ def excel(path: Path | str) -> Any:
         import openpyxl
     except ImportError as error:
         raise DataError(
-            f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or save the sheet as .csv"
+            f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or take .csv"
         ) from error
     return openpyxl
 
