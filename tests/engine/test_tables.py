@@ -213,6 +213,14 @@ def test_a_sum_below_the_rows_and_a_target_without_variation_are_said(tmp_path):
     assert note in dataset.notes
     notes = prepare(TableRecipe(epochs=1, scale="robust", models=1), dataset).notes
     assert "the target 'y' is 5.5 in all rows: choose another one" in notes
+    rows = "".join(f"{row % 7};{'yes' if row % 3 else ''};{'no' if row % 2 else 'yes'};no\n" for row in range(30))
+    path = write(tmp_path / "b.csv", f"b;always;half;never\n{rows}")
+    notes = prepare(TableRecipe(epochs=1, scale="robust", models=1), load_data(path, target="always,half,never")).notes
+    constant = [
+        f"the target {name!r} is {value} in all rows: choose another one"
+        for name, value in (("always", 1.0), ("never", 0.0))
+    ]
+    assert [note for note in notes if "in all rows" in note] == constant
 
 
 @pytest.mark.parametrize(

@@ -343,8 +343,7 @@ def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> Non
         "pieces of numbers (--scale piecewise)": [preprocessor.pieces(at) > 1 for at in range(len(names))],
     }
     for what, columns in unfit.items():
-        named = list(dict.fromkeys(repr(name) for name, holds in zip(sources, columns, strict=False) if holds))
-        if named:
+        if named := list(dict.fromkeys(repr(name) for name, holds in zip(sources, columns, strict=False) if holds)):
             raise ArgumentError(
                 f"{option}: a small change of an input means nothing for {what}, which are inputs of "
                 f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; take complete "

@@ -286,8 +286,10 @@ def prepare(
         recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify)
         plain, recipe = (defaults.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (defaults.with_batch(part, rows_of_table) for part in (plain, recipe))
-    if dataset.y.ndim == 1 and (dataset.y == dataset.y[0]).all():
-        notes.append(f"the target {dataset.target_name!r} is {dataset.y[0]} in all rows: choose another one")
+    for name, values in zip(dataset.targets, dataset.y.reshape(len(dataset.y), -1).T, strict=True):
+        known = values[values == values]  # without gaps
+        if len(known) and (known == known[0]).all():
+            notes.append(f"the target {name!r} is {known[0]} in all rows: choose another one")
     reads = defaults.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     fitted = np.arange(len(dataset.y)) if recipe.final_fit else training
