@@ -135,6 +135,7 @@ def test_a_regression_on_a_table(houses):
         # six digits of numbers below a million
         assert float(cells["true"]) == pytest.approx(float(line.split(",")[-1]), abs=0.5)
         assert cells["city"].replace('"', '""') in line
+        assert f",{cells['sold']}," in line
         difference = abs(float(cells["true"]) - float(cells["predicted"]))
         assert float(cells["error"]) == pytest.approx(difference, abs=1.5)
 

@@ -232,8 +232,10 @@ class Evidence:
         return [int(at) for at in wrong[np.argsort(self.surprise()[wrong], kind="stable")][:WORST]]
 
     def spelled(self, at: int, feature: int) -> str:
-        """Return a cell of the row at a place as text; empty if it is missing."""
+        """Return a cell of the row at a place as text, a date by its elapsed days; empty if it is missing."""
         value, words = float(self.cells[at, feature]), self.preprocessor.categories[feature]
+        if value == value and self.preprocessor.sources[feature] != self.preprocessor.feature_names[feature]:
+            return str(np.datetime64(round(value * 86400), "s").item()).removesuffix(" 00:00:00")
         return "" if value != value else plain(value) if words is None else words[int(value)]
 
 

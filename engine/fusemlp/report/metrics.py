@@ -344,8 +344,7 @@ def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], 
             line += f"; off by {off} on average, the mean alone by {alone}"
         yield line
     table = class_table(test)[1:] if "classes" in test else []
-    never = [row for row in table if row[5] == "0" and int(row[4]) >= FEWEST_MISSED]
-    if never:
+    if never := [row for row in table if row[5] == "0" and int(row[4]) >= FEWEST_MISSED]:
         more = f" and {len(never) - 1} other classes" if len(never) > 1 else ""
         mend = "train with --class-weight balanced, or " if figure == "accuracy" else ""
         yield f"it never answers {never[0][0]!r} (true of {never[0][4]} rows){more}: {mend}decide by the probabilities"

@@ -203,26 +203,27 @@ def _importance(importance: Importance, image: tuple[int, int] | None) -> Sectio
 def _worst(evidence: Evidence, importance: Importance | None) -> Section:
     """Return the most wrong rows, with their most important cells or as pictures."""
     preprocessor, judged, surprise = evidence.preprocessor, evidence.judged, evidence.surprise()
-    ranked = [] if importance is None else np.concatenate(importance.features).tolist()
-    order = list(dict.fromkeys([*ranked, *range(len(preprocessor.feature_names))]))
-    shown = [] if evidence.image else order[:MOST_CELLS]
+    # the last part of a date, its elapsed days, is the whole
+    whole = {source: at for at, source in enumerate(preprocessor.sources)}
+    order = list(dict.fromkeys([*([] if importance is None else importance.names), *whole]))
+    shown = ["image"] if evidence.image else order[:MOST_CELLS]
     kind = "error" if judged.scores is None else "probability" if evidence.probable else "output"
     kind += "" if len(preprocessor.targets) == 1 else " in deviations" if judged.scores is None else " of what is true"
     kind += "" if preprocessor.classes is None else " of the true class"
-    columns = ["image"] if evidence.image else [preprocessor.feature_names[at] for at in shown]
-    rows: list[list[Any]] = [["row", *evidence.ids, "true", "predicted", kind, *columns]]
+    rows: list[list[Any]] = [["row", *evidence.ids, "true", "predicted", kind, *shown]]
     for at in evidence.worst():
         values = [_value(source[at], evidence.names, judged) for source in (judged.truth, judged.predicted)]
-        cells: list[Any] = [evidence.spelled(at, feature) for feature in shown]
         if evidence.image:
             image = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
-            cells = [{"image": image, "alt": f"{values[0]} taken for {values[1]}"}]
+            cells: list[Any] = [{"image": image, "alt": f"{values[0]} taken for {values[1]}"}]
+        else:
+            cells = [evidence.spelled(at, whole[name]) for name in shown]
         ids = [str(column[evidence.rows[at]]) for column in evidence.ids.values()]
         rows.append([str(evidence.rows[at]), *ids, *values, spelled(surprise[at]), *cells])
     if len(rows) == 1:
         return {"title": "Most wrong rows", "lines": ["Every row is right."]}
     note = "Rows count from 0 in the data as read."
-    note += f" {len(order) - len(shown)} less important columns are left out." if 0 < len(shown) < len(order) else ""
+    note += f" {len(order) - len(shown)} less important columns are left out." if set(shown) < set(order) else ""
     return {"title": "Most wrong rows", "note": note, "rows": rows}
 
 
