@@ -134,6 +134,15 @@ def test_seeds_of_each_combination(tmp_path, capsys):
     assert header.split()[-4:] == ["spread", "seeds", "epochs", "status"]
 
 
+def test_combinations_within_the_spread_of_the_best_are_counted(tmp_path, capsys):
+    options = ["wine", "--seeds", "3", "--epochs", "3", "--hidden", "8", "--quiet"]
+    for rates, words in (("0.01,0.0101,1e-9", ", 1 other as good within it)"), ("0.01,1e-9", ")")):
+        shown = output_of(capsys, "sweep", *options, "--vary", f"lr={rates}", "--out", tmp_path / rates)
+        table = rows(tmp_path / rates / "results.csv")
+        assert float(table[3]["mean_val_loss"]) - float(table[0]["mean_val_loss"]) > 0.0
+        assert f"(3 seeds, standard deviation {float(table[0]['std_val_loss']):.2g}{words}\n" in shown
+
+
 def test_seeds_that_cannot_be_merged_leave_the_best(tmp_path, monkeypatch, capsys):
     options = ["wine", "--vary", "lr=0.01,0.02", "--seeds", "3", "--epochs", "2", "--quiet"]
     assert run("sweep", *options, "--activation", "prelu", "--out", tmp_path / "prelu") == 0

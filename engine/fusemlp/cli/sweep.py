@@ -20,6 +20,7 @@ from fusemlp.cli.output import Events, finite, fitted
 from fusemlp.cli.report import finish, written
 from fusemlp.cli.vary import JOINED, JOURNAL, Plan, spelled_value
 from fusemlp.describe.metrics import rises
+from fusemlp.describe.text import counted
 from fusemlp.fleet.merge import LEAST_ROWS, default_models, merged
 from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
 from fusemlp.fleet.workers import connected
@@ -85,7 +86,8 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     seconds = time.perf_counter() - began
     write_results(plan, run, members)
     results = FleetResults(tuple(members))
-    chosen = results.combinations(plan.metric, plan.points)[0]
+    chosen, *others = results.combinations(plan.metric, plan.points)
+    mean, spread = chosen.mean(plan.metric), chosen.spread(plan.metric)
     if list(plan.points[0]) == ["seed"]:
         # One combination, whose mean says more than its best seed.
         chosen = Combination({}, tuple(results.ranked(plan.metric)), len(plan.points))
@@ -113,6 +115,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         "interrupted": interrupted,
         "seconds": seconds,
         "best": chosen.sound[0].index,
+        "equal": sum(abs(other.mean(plan.metric) - mean) <= spread for other in others),
     }
     content, lines = keep(plan, run, chosen, kept, about, started)
     if not interrupted:
@@ -159,6 +162,7 @@ def keep(
     if "seed" in points[0]:
         content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": count}
     deviation = "" if math.isnan(spread) else f", standard deviation {spread:.2g}"
+    deviation += f", {counted(about['equal'], 'other')} as good within it" if about["equal"] else ""
     least = "largest" if rises(plan.metric) else "least"
     said = f"model {best.index}, the {least} {plan.metric}: {_spelled(parameters)}"
     if averages(plan.points):
