@@ -36,7 +36,7 @@ def species(tmp_path_factory):
 def test_labels_from_raw_features(species, tmp_path, capsys):
     path, data = tmp_path / "m.onnx", species.parent / "data.csv"
     assert run("export", species, "--onnx", path) == 0
-    takes = "  takes the 2 features as they are in the data, gives labels of the data"
+    takes = "  takes the 2 features as they are in the data; gives labels of the data"
     assert capsys.readouterr().out.splitlines() == [f"onnx {path}", takes]
     labels, probabilities = predicted(species, data, tmp_path / "said.csv", "--proba")
     said = graph_outputs(path, columns(data, "a", "b"))
@@ -91,7 +91,7 @@ def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
     capsys.readouterr()
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
     takes = "takes the 3 features as they are in the data, an input (rows, 1) for each, words as strings"
-    assert f"  {takes}, gives labels of the data\n" in capsys.readouterr().out
+    assert f"  {takes}; gives labels of the data\n" in capsys.readouterr().out
     # A missing number, a missing word and an unseen one.
     (tmp_path / "new.csv").write_text("word,b,a\nx,-1,1.5\n,NA,0.5\nteal,-0.5,?\nNA,0,-1\n")
     labels, probabilities = predicted(folder, tmp_path / "new.csv", tmp_path / "said.csv", "--proba")

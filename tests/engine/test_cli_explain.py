@@ -62,9 +62,10 @@ def test_the_only_column_that_matters_comes_first(prices, method, share, capsys)
 def test_prints_and_writes_the_columns(prices, tmp_path, capsys):
     out, plot = tmp_path / "importance.csv", tmp_path / "importance.png"
     shown = output_of(capsys, "explain", prices, "--out", out, "--plot", plot, "--rows", "40")
+    assert shown.startswith("40 of 60 rows are drawn (--rows 60 takes all)\n")
     assert "40 test rows, each column permuted 10 times" in shown and "rmse worse by" in shown
     written = rows(out)
-    assert [row["column"] for row in written] == [line.split()[0] for line in shown.splitlines()[2:6]]
+    assert [row["column"] for row in written] == [line.split()[0] for line in shown.splitlines()[3:7]]
     assert list(written[0]) == ["column", "importance", "deviation"] and float(written[0]["deviation"]) > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "--force" in refusal(capsys, "explain", prices, "--out", out)

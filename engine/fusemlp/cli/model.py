@@ -332,9 +332,9 @@ def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
     if not scaled:
         features = zip(preprocessor.feature_names, preprocessor.sources, strict=True)
         named = ", ".join(repr(name) for name, source in features if name != source)
-        dates = f", but of dates {named}" if named else ""
+        dates = f"; of dates the numbers {named}, elapsed days since 1970-01-01" if named else ""
         each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
-        return f"takes the {counted(width, 'feature')} as they are in the data{dates}{each}, gives {answers} {units}"
+        return f"takes the {counted(width, 'feature')} as they are in the data{each}{dates}; gives {answers} {units}"
     if preprocessor.task == "multilabel":
         gives = "0 or 1 for each label"
     elif preprocessor.classes is None:

@@ -301,5 +301,6 @@ def _rows(
                 notes.append(f"baselines are these rows, since the training rows are not to be had: {error}")
         rows = np.arange(len(cells))
     if len(rows) > options.rows:
+        notes.append(f"{options.rows} of {len(rows)} rows are drawn (--rows {len(rows)} takes all)")
         rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
     return cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background
