@@ -69,7 +69,7 @@ TRAITS = {
         widest_fused_output=1 << 31,
         # Adam is faster in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
-        precisions=("fp32", "fp64"),
+        precisions=("fp32", "bf16", "fp64"),
         plans=("eager", "resident"),
         on_host=True,
         reads_codes=True,

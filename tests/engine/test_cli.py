@@ -218,7 +218,7 @@ def test_plan_refuses_what_it_does_not_know():
 
 def test_doctor(capsys):
     shown = output_of(capsys, "doctor")
-    assert re.search(r"numpy +yes +cpu +fp32, fp64 +eager", shown)
+    assert re.search(r"numpy +yes +cpu +fp32, (bf16, )?fp64 +eager", shown)
     assert f"fusemlp {fusemlp.__version__}" in shown
     assert re.search(r"^pandas +\d.* data frames$", shown, re.M) and re.search(r"^onnx +\S.* ONNX files$", shown, re.M)
     assert re.search(r"threads of a training on the CPU: \d+ \(the least of: \w.* \d+\)", shown)

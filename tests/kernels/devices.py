@@ -26,6 +26,7 @@ from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, assert_within, rounde
 import fusemlp_kernels
 from fusemlp_kernels import registry
 from fusemlp_kernels.checks import refusal
+from fusemlp_kernels.numpy.processor import why_no_tiles
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
 
@@ -110,7 +111,7 @@ class Variant:
     @property
     def output_unit(self):
         """The unit roundoff of 16-bit results; 0 where results have the type of the sums."""
-        return {"fp16": 2.0**-11, "bf16": 2.0**-8}.get(self.precision, 0.0)
+        return 0.0 if self.device.on_host else {"fp16": 2.0**-11, "bf16": 2.0**-8}.get(self.precision, 0.0)
 
     @property
     def output_tiny(self):
@@ -209,6 +210,8 @@ def why_not(device):
     reason = fusemlp_kernels.availability()[device.backend]
     if REHEARSED and device in (GPU, CUPY_GPU):
         return why_not(INTERPRETER if device is GPU else STAND_IN)
+    if device is TILES:
+        return why_no_tiles()
     if device is STAND_IN:
         return "CuPy works here: its tests need the card" if reason is None else cupy_standin.why_not()
     if device.backend == "triton" and reason is None:
@@ -242,6 +245,8 @@ NUMPY = Device(
     layouts=(*STRIDED, "reversed", "read-only"),
     output_layouts=("plain", "plain", "pitched"),
 )
+# The host rounds the factors of products itself.
+TILES = replace(NUMPY, name="numpy in AMX tiles", precisions=("bf16",), examples=60)
 # A program costs the interpreter milliseconds: fewer cases, and no more than a few tiles each.
 INTERPRETER = Device(
     "triton, interpreted",
@@ -277,7 +282,7 @@ CUPY_GPU = replace(STAND_IN, name="cupy on a GPU", wide=(*STAND_IN.wide, 3000), 
 if REHEARSED:
     GPU = replace(INTERPRETER, name=GPU.name, precisions=("fp32",), tensor_cores=True)
     CUPY_GPU = replace(STAND_IN, name=CUPY_GPU.name, precisions=("fp32",), tensor_cores=True)
-DEVICES = (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
+DEVICES = (NUMPY, TILES, INTERPRETER, GPU, STAND_IN, CUPY_GPU)
 
 
 @contextlib.contextmanager

@@ -47,8 +47,8 @@ def test_what_does_not_exist_is_refused_by_name():
         fusemlp_kernels.backend("nunpy", None, "fp32")
     with pytest.raises(ArgumentError, match="precision: unknown name 'fp23'"):
         fusemlp_kernels.backend("numpy", None, "fp23")
-    with pytest.raises(BackendUnavailableError, match="offers fp32 and fp64, got 'bf16'"):
-        fusemlp_kernels.backend("numpy", None, "bf16")
+    with pytest.raises(BackendUnavailableError, match="offers fp32, bf16, fp64, got 'tf32'"):
+        fusemlp_kernels.backend("numpy", None, "tf32")
     with pytest.raises(BackendUnavailableError, match="runs on 'cpu', got 'cuda:0'; leave device out"):
         fusemlp_kernels.backend("numpy", "cuda:0", "fp32")
 

@@ -95,9 +95,11 @@ def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monke
 
 def test_a_task_has_more_rows_where_there_are_blocks_enough_for_all_threads():
     # the programs above have batches of 16 blocks: with one thread four make a task, with four threads one
-    assert [plan.together(8, 16, threads) for threads in (1, 2, 3, 4)] == [4, 2, 1, 1]
-    assert [plan.together(block, 64, 1) for block in (8, 64, 128, 256, 0)] == [16, 2, 1, 1, 16]
-    assert plan.together(8, 0, 1) == 1
+    assert [plan.together(8, 16, threads, 0) for threads in (1, 2, 3, 4)] == [4, 2, 1, 1]
+    assert [plan.together(block, 64, 1, 0) for block in (8, 64, 128, 256, 0)] == [16, 2, 1, 1, 16]
+    assert plan.together(8, 0, 1, 64) == 1
+    # of 64 rows at least, but for threads that would have none
+    assert [plan.together(8, 16, threads, 64) for threads in (1, 2, 3, 4)] == [8, 8, 5, 4]
 
 
 def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch, caplog):
@@ -257,7 +259,7 @@ def test_a_plan_covers_all_of_each_call_once(shapes, height, tall):
     sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
     rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
     packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
-    found = plan.plan(rows, packs, height, sizes, tall)
+    found = plan.plan(rows, packs, height, sizes, plan.Cut(tall))
     assert found.block % plan.ROWS == 0
     phases = np.array(found.phases, t.PHASE)
     calls = [*rows, *packs]
@@ -289,7 +291,7 @@ def test_a_plan_covers_all_of_each_call_once(shapes, height, tall):
 )
 def test_small_pieces_of_weights_come_last(widths, height):
     rows = [plan.Row("WEIGHT", n, k) for k, n in itertools.pairwise(widths)]
-    cut = plan.plan(rows, [], height, [], 48)
+    cut = plan.plan(rows, [], height, [], plan.Cut(48))
     works = [(bottom - top) * (right - left) for _, top, bottom, left, right in cut.pieces]
     assert works == sorted(works, reverse=True)
     assert {piece[2] - piece[1] for piece in cut.pieces if piece[1] == 0} <= {48, 96, 144, 192, 240}
@@ -303,6 +305,6 @@ def test_small_pieces_of_weights_come_last(widths, height):
 def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own():
     one, two = (1000, 400, 40), (1200, 800, 80)
     rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
-    assert len(plan.plan(rows, [], 10, [], 0).phases) == 1
+    assert len(plan.plan(rows, [], 10, [], plan.Cut()).phases) == 1
     rows.append(plan.Row("BACKWARD", 10, 10, arrays=(two,)))
-    assert [phase[1:3] for phase in plan.plan(rows, [], 10, [], 0).phases] == [(0, 2), (2, 3)]
+    assert [phase[1:3] for phase in plan.plan(rows, [], 10, [], plan.Cut()).phases] == [(0, 2), (2, 3)]

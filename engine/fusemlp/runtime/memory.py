@@ -27,15 +27,21 @@ from fusemlp_kernels.contract import (
     STATS,
     UPDATE_COUNT,
     Backend,
+    Traits,
     UpdateRule,
 )
 
 # Bytes of an element of the parameters, where they are not four.
 REAL_BYTES = {"fp64": 8}
 # Precisions whose matrix products read another type than the parameters have.
-COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
+_COMPUTE_BYTES = {"bf16": 2, "fp16": 2}
 # Types of what a step changes beside arenas of "real".
 DTYPES = {"counters": "int64", "hyper": "float64", "stats": "float64"}
+
+
+def compute_bytes(traits: Traits, precision: str) -> int | None:
+    """Return the bytes of what the matrix products read; None for the parameters, which the host's round themselves."""
+    return None if traits.on_host else _COMPUTE_BYTES.get(precision)
 
 
 def new_arenas(
@@ -101,7 +107,7 @@ class Memory:
         # the flat array that predictions read: the parameters, or their average
         self.averages, self.evaluated_arena = average is not None, "params" if average is None else f"state{average}"
         # bytes of a parameter, and of what the matrix products read, where that is another type
-        self.real_bytes, self.compute_bytes = REAL_BYTES.get(precision, 4), COMPUTE_BYTES.get(precision)
+        self.real_bytes, self.compute_bytes = REAL_BYTES.get(precision, 4), compute_bytes(backend.traits, precision)
         # the parameters' names, by their short ones
         self.names = layout.short_names(net)
         # whether gradients outlive a step

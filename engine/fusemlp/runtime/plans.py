@@ -16,7 +16,7 @@ from fusemlp.program.lowering import lower, trained_by
 from fusemlp.program.passes.training import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
 from fusemlp.program.step import Inputs, Step
-from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
+from fusemlp.runtime.memory import REAL_BYTES, compute_bytes
 from fusemlp.runtime.ranks import own_card
 from fusemlp_kernels import registry
 from fusemlp_kernels.contract import MOST_PARTS, Backend, Traits, narrow_refusal, resident_refusal, step_flops
@@ -233,7 +233,7 @@ def planned(
         Inputs(rows, indexed=True, class_weighted=chosen_loss.class_weight is not None),
         chosen_loss.spec(accuracy=chosen_loss.is_classification),
         real_bytes,
-        COMPUTE_BYTES.get(precision),
+        compute_bytes(traits, precision),
         chosen_optimizer.rule(),
         trained_by(chosen_optimizer, short_names(net)),
         scaled=precision == "fp16",

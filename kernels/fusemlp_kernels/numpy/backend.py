@@ -12,12 +12,13 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES
 from fusemlp_kernels.numpy.launches import aligned, threads
+from fusemlp_kernels.numpy.processor import why_no_tiles
 from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
 
 # Arrays start at multiples of this.
 ALIGNMENT_BYTES = 256
 Operands = Mapping[str, Any]
-REAL = {"fp32": np.float32, "fp64": np.float64}
+REAL = {"fp32": np.float32, "bf16": np.float32, "fp64": np.float64}
 
 
 class NumpyBackend:
@@ -31,8 +32,15 @@ class NumpyBackend:
             )
         if precision not in REAL:
             raise BackendUnavailableError(
-                f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
+                f"precision: the numpy backend offers {', '.join(traits.precisions)}, got {precision!r}"
             )
+        reason = why_no_tiles() if precision == "bf16" else None
+        if reason is not None:
+            raise BackendUnavailableError(
+                "precision: 'bf16' on the numpy backend needs a processor with AMX, as Xeons have it since 2023, "
+                f"and Linux: {reason}; use precision='fp32'"
+            )
+        self._products = "amx" if precision == "bf16" else "products"
         threads()  # refuses an impossible FUSEMLP_NUM_THREADS
         self.traits = traits
         self.device = "cpu"
@@ -89,22 +97,23 @@ class NumpyBackend:
         self, op: str, arrays: Mapping[str, Array] | None = None, memo: dict[str, Any] | None = None, **operands: Any
     ) -> Run:
         epoch_stats = operands.get("epoch_stats")
-        run: Run | None = memo["table"].bind(arrays, epoch_stats) if memo else None
+        bound = memo.get(self._products) if memo else None
+        run: Run | None = bound.bind(arrays, epoch_stats) if bound else None
         if run is not None:
             return run
         check_names(self.traits.name, BINDERS, op, operands)
-        table = CallTable(self._dtypes["real"])
+        table = CallTable(self._dtypes["real"], self._products)
         ENTRIES[op](table, table.operands(op, operands))
         run = table.bind(epoch_stats, alone=op == "train_resident")
         # an array with two names may be two arrays in the next model
         single = arrays and len({*map(id, arrays.values())}) == len(arrays)
         if memo is not None and arrays and single and not table.converts and not table.between:
-            memo["table"] = BoundTable(table, arrays)
+            memo[self._products] = BoundTable(table, arrays)
         return run
 
     def bind_calls(self, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
         """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
-        table = CallTable(self._dtypes["real"])
+        table = CallTable(self._dtypes["real"], self._products)
         for op, operands in calls:
             ENTRIES[op](table, table.operands(op, operands))
         return table.bind_moving(arrays)

@@ -97,7 +97,7 @@ def _in_dots(w: Array) -> bool:
 
 def _affine(table: CallTable, x: Array, w: Array, b: Array, z: Array) -> None:
     """The pre-activation of a layer."""
-    weights = {"w": w} if _in_dots(w) else {"panels": table.in_panels(w)}
+    weights = {"w": w} if table.cut.dots and _in_dots(w) else {"panels": table.in_panels(w)}
     table.add("AFFINE", n=len(w), k=w.shape[1], x=x, b=b, z=z, **weights)
 
 

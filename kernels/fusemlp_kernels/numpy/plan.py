@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.numpy.compiled import tables as t
@@ -31,6 +32,18 @@ THREAD_TASKS = 4
 SHORTEST, TALL, SMALL_PART = 512, 2, 4
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
+
+
+class Cut(NamedTuple):
+    """The cuts that products want. A tall piece of a weight has a multiple of ``tall`` rows, 0 for none. A phase by
+    pieces has up to ``most_tasks``; a task by rows at least ``least_rows`` where that leaves no thread without one.
+    ``dots``: a layer of few outputs may be dot products."""
+
+    tall: int = 0
+    most_tasks: int = MOST_TASKS
+    least_rows: int = 0
+    dots: bool = True
+
 
 PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES", "FACTORS")
 _CUT = {
@@ -73,14 +86,14 @@ def plan(
     packs: Sequence[Row],
     height: int,
     sizes: Sequence[int],
-    tall: int,
+    wanted: Cut,
     members: int = 1,
     shards: int = 0,
 ) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows; the trained tensors have these ``sizes``.
 
-    A block has as many rows of each of ``members``. A tall piece of a weight has a multiple of ``tall`` rows; with 0
-    there are none.
+    A block has as many rows of each of ``members``.
+
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
@@ -98,14 +111,16 @@ def plan(
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
         start, count = len(tasks), 1
         if cut == t.BY_PIECES:
-            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, tall, math.inf))
-            count = _tasks(total)
-            grain = total / min(MOST_TASKS, PIECES * count) if count > 1 else math.inf
+            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, wanted.tall, math.inf))
+            count = min(_tasks(total), wanted.most_tasks)
+            grain = total / min(wanted.most_tasks, PIECES * count) if count > 1 else math.inf
             begun, cost, ended = len(pieces), 0, 0
             cut_pieces = [
-                (first + i, *piece) for i, row in enumerate(group) for piece in _pieces(row, height, sizes, tall, grain)
+                (first + i, *piece)
+                for i, row in enumerate(group)
+                for piece in _pieces(row, height, sizes, wanted.tall, grain)
             ]
-            if tall and group[0].kind in PIECEWISE:
+            if wanted.tall and group[0].kind in PIECEWISE:
                 cut_pieces.sort(key=lambda piece: -piece[-1])
             for *piece, work in cut_pieces:
                 pieces.append(tuple(piece))
@@ -175,9 +190,10 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
     return -(-height // (_tasks(height * cost) * unit)) * unit
 
 
-def together(block: int, blocks: int, threads: int) -> int:
+def together(block: int, blocks: int, threads: int, least_rows: int) -> int:
     """Return how many blocks of rows a task has; the results do not depend on it."""
-    return max(1, min(TASK_ROWS // max(1, block), blocks // (THREAD_TASKS * threads)))
+    few = min(TASK_ROWS // max(1, block), blocks // (THREAD_TASKS * threads))
+    return max(1, few, min(least_rows // max(1, block), blocks // threads))
 
 
 def _tasks(cost: int) -> int:

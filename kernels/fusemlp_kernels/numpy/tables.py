@@ -51,8 +51,10 @@ def _address(array: Array) -> int:
 class CallTable:
     """Rows of calls, and copies of the arrays that the loop cannot read in place, as ``before`` and ``after`` say."""
 
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, products: str = "products") -> None:
         self.real = np.dtype(real)
+        # the module of the matrix products, and how they want to be cut
+        self.products, self.cut = products, compiled(products).CUT
         # the kinds and fields that the rows have
         self.names: set[str] = set()
         # by their identity the arrays that are entered, their addresses, and where these stand, with which offset in
@@ -242,9 +244,7 @@ class CallTable:
             self.add(kind, n=len(w), k=w.shape[1], w=w, panels=panels, coding=coding)
         batch = t.COUNTED if self.names & COUNTED else self.height
         sizes = [size for _, size, _, _ in self.tensors]
-        cut = plan(
-            rows, self.rows[len(rows) :], self.height, sizes, compiled("products").TALL_ROWS, self.members, self.shards
-        )
+        cut = plan(rows, self.rows[len(rows) :], self.height, sizes, self.cut, self.members, self.shards)
         width = t.SLOPES_PART + self.slopes
         # what philox draws for a row, eight columns to two words; for noise, its numbers too
         drops, noisy = "keep" in self.names, "noisy" in self.names
@@ -265,7 +265,7 @@ class CallTable:
         words = chain(self.words, *chain.from_iterable(parts))
         memory = np.frombuffer(bytearray(pack("=" + "".join(map(mul, FORMATS, counts)), *words)), np.int64)
         starts = list(accumulate(map(mul, SIZES, counts)))
-        self.bound = memory, starts, work, self.real, cut.most
+        self.bound = memory, starts, work, (self.products, self.real), cut.most
         run = _launch(*self.bound, self.kept, epoch_stats)
         if self.between:
             run = _with_pauses(run, self.between, memory, work, cut.most)
@@ -295,7 +295,13 @@ def _start(row: int) -> int:
 
 
 def _launch(
-    memory: Array, starts: Sequence[int], work: Any, real: Any, tasks: int, kept: Any, epoch_stats: Array | None = None
+    memory: Array,
+    starts: Sequence[int],
+    work: Any,
+    products: tuple[str, Any],
+    tasks: int,
+    kept: Any,
+    epoch_stats: Array | None = None,
 ) -> Run:
     # a single element of a memoryview is written faster than one of an array
     job, words = memory.ctypes.data, memory.data
@@ -305,15 +311,17 @@ def _launch(
     for name, start in zip(("calls", "tensors", "phases", "tasks", "pieces"), starts, strict=False):
         words[HEAD[name]] = job + start
     words[TOGETHER] = 1
+    module, real = products
+    least_rows = compiled(module).CUT.least_rows
     block, blocks = words[HEAD["block"]], words[HEAD["blocks"]]
 
     # the default holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, memory, epoch_stats)) -> None:
         words[STEPS], words[STEP], words[AT_PHASE] = steps, 0, -1
         if blocks > 1:
-            words[TOGETHER] = together(block, blocks, threads())
+            words[TOGETHER] = together(block, blocks, threads(), least_rows)
         if not words[PRODUCT]:
-            functions = compiled("products").by_address(real)
+            functions = compiled(module).by_address(real)
             memory[PRODUCT : PRODUCT + len(functions)] = [function.address for function in functions]
         if steps:
             launch(work.address, job, tasks)

@@ -296,7 +296,7 @@ def add_rows(call: Any, like: Any, first: int, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def heads(call: Any, head: Any, like: Any, first: int, count: int) -> None:
+def heads(call: Any, head: Any, like: Any, first: int, count: int, room: int) -> None:
     """The outputs of each member by its own rows of the weights, which lie in panels."""
     inputs, outputs, members, size = call.k, call.n, call.members, like.itemsize
     for member in range(members):
@@ -308,18 +308,18 @@ def heads(call: Any, head: Any, like: Any, first: int, count: int) -> None:
                 call.panels + size * (at // t.PANEL * t.PANEL * inputs + at % t.PANEL), t.PANEL * inputs, t.PANEL,
                 inputs, call.b + size * at, 1, 1.0, 0.0,
                 call.z + size * ((first + member) * outputs + at - member * outputs), members * outputs,
-                count // members, stop - at, 0,
+                count // members, stop - at, room,
             )  # fmt: skip
             at = stop
 
 
 @register_jitable(**EXACT)
-def heads_backward(call: Any, head: Any, like: Any, first: int, count: int) -> None:
+def heads_backward(call: Any, head: Any, like: Any, first: int, count: int, room: int) -> None:
     """The gradient by the inputs of each member's outputs."""
     inputs, outputs, members, size = call.k, call.n, call.members, like.itemsize
     for member in range(members):
         call_function(
             head.product, call.dz + size * (first + member) * outputs, members * outputs, 1,
             call.w + size * member * outputs * inputs, t.PANEL, inputs, outputs, head.zeros, 0, 1.0, 0.0,
-            call.out + size * (first + member) * inputs, members * inputs, count // members, inputs, 0,
+            call.out + size * (first + member) * inputs, members * inputs, count // members, inputs, room,
         )  # fmt: skip

@@ -125,7 +125,7 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, room: 
                 head.product, call.dz + size * top, 1, outputs,
                 call.x + size * (member * inputs + left), t.PANEL, members * inputs, count // members,
                 head.zeros, 0, alpha, beta,
-                call.out + size * (top * inputs + left), inputs, stop - top, piece.right - left, 0,
+                call.out + size * (top * inputs + left), inputs, stop - top, piece.right - left, room,
             )  # fmt: skip
             top = stop
     elif call.kind == t.WEIGHT:

@@ -15,7 +15,6 @@ import itertools
 import math
 import types as python
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,8 @@ from fusemlp_kernels.numpy.compiled.compiler import (
 )
 from fusemlp_kernels.numpy.compiled.tables import LINE, PANEL
 from fusemlp_kernels.numpy.compiled.vectors import INDEX, VectorCode, folded, looped, number
+from fusemlp_kernels.numpy.plan import Cut
+from fusemlp_kernels.numpy.processor import first_cache
 
 # Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
 # which there are 32, on x86 before AVX-512 16.
@@ -46,7 +47,7 @@ DOT_BYTES = 64
 DOT_ROWS, DOT_COLUMNS = (4, 4) if REGISTER_BYTES == DOT_BYTES else (2, 2)
 
 
-def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
+def row_address(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
     """The address of row i; beyond the last one that of the last, so that nothing else is read."""
     inside = builder.icmp_signed("<", number(i), rows)
     last = builder.sub(rows, number(1))
@@ -85,9 +86,9 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             with builder.if_then(builder.or_(adds, deep)):
                 # the end of the tile reads or writes them, too late to wait for memory
                 for i, line in itertools.product(range(height), (*range(0, span, LINE), span - 1)):
-                    to.prefetch(builder.add(_row(builder, c, c_row, i, rows), number(line)))
+                    to.prefetch(builder.add(row_address(builder, c, c_row, i, rows), number(line)))
             starts = across(start) * height
-            a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
+            a_rows = [row_address(builder, a, a_row, i, rows) for i in range(height)]
 
             def added(_: Any, values: list[Any]) -> list[Any]:
                 a_at, b_at, *sums = values
@@ -170,8 +171,8 @@ def _dot_tile(height: int, width: int) -> Callable[..., Any]:
             size = context.get_abi_sizeof(context.get_value_type(real))
             to, few = (VectorCode(context, builder, real, lanes) for lanes in (DOT_BYTES // size, width))
             a_row, b_row, c_row = (builder.mul(stride, number(size)) for stride in (a_row, b_row, c_row))
-            tops = [_row(builder, a, a_row, i, rows) for i in range(height)]
-            sides = [_row(builder, b, b_row, j, columns) for j in range(width)]
+            tops = [row_address(builder, a, a_row, i, rows) for i in range(height)]
+            sides = [row_address(builder, b, b_row, j, columns) for j in range(width)]
 
             def added(at: Any, sums: list[Any], mask: Any = None) -> list[Any]:
                 xs, ys = ([to.load(builder.add(row, at), mask) for row in of] for of in (tops, sides))
@@ -202,6 +203,23 @@ def _dot_tile(height: int, width: int) -> Callable[..., Any]:
 dot_tile: Any = intrinsic(_dot_tile(DOT_ROWS, DOT_COLUMNS))
 
 
+def transposed(builder: Any, lines: list[Any]) -> list[Any]:
+    """The columns of a square whose rows are ``lines``, in registers."""
+    lines, n = [*lines], len(lines)
+    half = n // 2
+    while half:
+        # squares of 2 * half: the upper right quarter changes places with the lower left one
+        upper = [lane if not lane & half else n + lane - half for lane in range(n)]
+        lower = [lane + half if not lane & half else n + lane for lane in range(n)]
+        picks = [ir.Constant(ir.VectorType(INDEX, n), order) for order in (upper, lower)]
+        for i in range(n):
+            if not i & half:
+                pair = lines[i], lines[i + half]
+                lines[i], lines[i + half] = (builder.shuffle_vector(*pair, pick) for pick in picks)
+        half //= 2
+    return lines
+
+
 @intrinsic
 def transpose_square(
     typingctx: Any, like: Any, source: Any, source_row: Any, rows: Any, target: Any, target_row: Any
@@ -217,18 +235,8 @@ def transpose_square(
         to = VectorCode(context, builder, real)
         n = to.lanes
         source_row, target_row = (builder.mul(stride, number(to.size)) for stride in (source_row, target_row))
-        lines = [to.load(_row(builder, source, source_row, i, rows)) for i in range(n)]
-        half = n // 2
-        while half:
-            # squares of 2 * half: the upper right quarter changes places with the lower left one
-            upper = [lane if not lane & half else n + lane - half for lane in range(n)]
-            lower = [lane + half if not lane & half else n + lane for lane in range(n)]
-            picks = [ir.Constant(ir.VectorType(INDEX, n), order) for order in (upper, lower)]
-            for i in range(n):
-                if not i & half:
-                    pair = lines[i], lines[i + half]
-                    lines[i], lines[i + half] = (builder.shuffle_vector(*pair, pick) for pick in picks)
-            half //= 2
+        lines = [to.load(row_address(builder, source, source_row, i, rows)) for i in range(n)]
+        lines = transposed(builder, lines)
         for i, values in enumerate(lines):
             to.store(values, builder.add(target, builder.mul(number(i), target_row)))
         return context.get_dummy_value()
@@ -236,22 +244,14 @@ def transpose_square(
     return types.void(like, *[types.intp] * 5), code
 
 
-def _first_cache() -> int:
-    """The bytes of the first data cache of a core, as Linux says; 0 where it does not."""
-    try:
-        return int(Path("/sys/devices/system/cpu/cpu0/cache/index0/size").read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 0
-
-
 # Operands are copied where this was measured to pay, on x86: in registers of 32 bytes and less, and in longer ones
 # where the cache has 48 KB, as Intel's have it since Ice Lake.
-COPIES = X86 and (REGISTER_BYTES < 64 or _first_cache() >= 48 << 10)
+COPIES = X86 and (REGISTER_BYTES < 64 or first_cache() >= 48 << 10)
 # Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
 # b to the last beyond which; numbers between the tiles of a copy of a, for each row.
 HALF, STRIP_ROWS, CACHED, BETWEEN = 40960 if REGISTER_BYTES < 64 else 1 << 17, 4 * TILE_ROWS, 1 << 15, 2
 # Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
-TALL_ROWS = math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0
+CUT = Cut(math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0)
 # The bytes of both copies, in the largest type.
 ROOM_BYTES = 2 * HALF * 8 if COPIES else 0
 # The type of the elements; each type has a copy of these functions.
@@ -332,7 +332,12 @@ def _product(
     width = TILE_VECTORS * lanes
     scale, keep = real(alpha), real(beta)
     strips = (
-        room != 0 and b_step > PANEL and rows >= STRIP_ROWS and size * depth * b_step > CACHED and depth * width <= HALF
+        COPIES
+        and room != 0
+        and b_step > PANEL
+        and rows >= STRIP_ROWS
+        and size * depth * b_step > CACHED
+        and depth * width <= HALF
     )
     turns = strips and a_row == 1 and (depth + BETWEEN) * STRIP_ROWS <= HALF
     some = rows

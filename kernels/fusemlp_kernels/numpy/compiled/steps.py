@@ -55,7 +55,7 @@ AHEAD = 1 << 19
 
 
 @register_jitable(**EXACT)
-def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
+def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int, room: int) -> None:
     """A block of rows of a call, after its product."""
     kind, outputs, batch_index = call.kind, call.n, counters[c.BATCH_INDEX]
     whole = batch_rows(head, counters)
@@ -107,9 +107,9 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
     elif kind == t.SCALE_BACKWARD:
         scale_rows_backward(call, like, rows, first, count, task)
     elif kind == t.HEADS:
-        heads(call, head, like, first, count)
+        heads(call, head, like, first, count, room)
     elif kind == t.HEADS_BACKWARD:
-        heads_backward(call, head, like, first, count)
+        heads_backward(call, head, like, first, count, room)
     elif kind == t.ADD:
         add_rows(call, like, first, count)
     elif kind == t.SQUARES:
@@ -267,7 +267,7 @@ def work(job: int, task: int, room: int) -> int:
                 count = min(head.block * (end - first), shard_rows(call, head, counters) - rows)
                 product(call, head, like, rows, count, room)
             for number in range(first, end):
-                _by_rows(call, head, like, counters, number)
+                _by_rows(call, head, like, counters, number, room)
         return 0
     pieces, sums = task_at(head.tasks, phase.first_task + task), elements(np.float64, head.sums)
     for at in range(pieces.first, pieces.end):
