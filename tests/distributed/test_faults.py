@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSI
 # Others may be named too: those that wait for one which has named the victim and ended.
 GONE = r"distributed: ranks? (\d, )*{}(, \d)* of {} ended or did not answer within 6 s"
 STORE = r"distributed: rank 0, which keeps the ranks' common store, ended or does not answer"
-# seeds: a stopped rank is never rank 0, which keeps the ranks' common store
-KILLS, STOPS = range(10), (20,)
+# seeds: rank 1 of 4 is stopped, and rank 0, which keeps the ranks' common store
+KILLS, STOPS = range(10), (20, 29)
 
 
 @dataclass
@@ -104,9 +104,8 @@ def test_the_other_ranks_end_and_name_the_victim(digests, fault):
         said = STORE if fault.victim == 0 else gone if place == 0 else f"{gone}|{STORE}"
         # torch writes warnings of its own before
         assert re.search(f"^({said})", text, re.MULTILINE), f"{fault!r}: {text}"
-    if fault.ending == signal.SIGKILL:
-        # long before the time limit of a training, even on a busy machine
-        assert fault.seconds < 60, fault
+    # long before the time limit of a training, even on a busy machine
+    assert fault.seconds < 60, fault
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

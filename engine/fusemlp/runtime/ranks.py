@@ -39,6 +39,7 @@ LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
 SILENT_SECONDS = 1.0
 # After an error a rank waits for the reports of the others: seconds after the last report, and in all.
 QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
+STORE_SILENT = "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
 
 
 @cache
@@ -307,14 +308,18 @@ class Ranks(Single):
             self._failed = True
             # later engines make a group of their own
             _known.pop(self.timeout, None)
-            raise DistributedError(f"distributed: {self._absent()} ({str(error).splitlines()[0]})") from error
+            words = [STORE_SILENT]
+            # torch waits without limit for a store whose process is stopped
+            asking = threading.Thread(target=lambda: words.append(self._absent()), daemon=True)
+            asking.start()
+            asking.join(REPORT_SECONDS + QUIET_SECONDS)
+            raise DistributedError(f"distributed: {words[-1]} ({str(error).splitlines()[0]})") from error
 
     def _absent(self) -> str:
         """Return a sentence that names the ranks which do not report that a collective has failed."""
         keys = {rank: f"fusemlp/failed/{self._begun}/{rank}" for rank in range(self.world)}
-        missing, before = [rank for rank in keys if rank != self.rank], self._store.timeout
+        missing = [rank for rank in keys if rank != self.rank]
         try:
-            self._store.set_timeout(datetime.timedelta(seconds=REPORT_SECONDS))
             self._store.set(keys[self.rank], "1")
             begun = last = time.monotonic()
             while missing and time.monotonic() < min(last + QUIET_SECONDS, begun + REPORT_SECONDS):
@@ -322,9 +327,8 @@ class Ranks(Single):
                 silent = [rank for rank in missing if not self._store.check([keys[rank]])]
                 if silent != missing:
                     missing, last = silent, time.monotonic()
-            self._store.set_timeout(before)
         except RuntimeError:
-            return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
+            return STORE_SILENT
         if not missing:
             return f"a collective failed on all {self.world} ranks; see their own messages"
         names = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
