@@ -483,13 +483,25 @@ def test_a_merged_engine_computes_the_mean_and_members_undo_it_also_from_a_file(
         np.testing.assert_allclose(one.predict(X), engine.predict(X), **close)
     for name, tensor in merged(members(whole)).state_dict().items():
         np.testing.assert_allclose(tensor, whole.state_dict()[name], **close)
-    # one hidden layer has no weights between the parts: whatever it learns, it is the mean of them
-    whole.fit(X, X[:, :2], epochs=2, batch_size=10)
-    if len(sizes) == 3:
-        np.testing.assert_allclose(np.mean([one.predict(X) for one in members(whole)], axis=0), whole.predict(X))
-    else:
-        with pytest.raises(ArgumentError, match=r"^engine: the model was trained after its parts were merged"):
-            members(whole)
+
+
+@pytest.mark.parametrize("change", [
+    lambda engine, X, y: engine.step(X[:10], y[:10]),
+    lambda engine, X, y: engine.fit(X, y, epochs=1),
+    lambda engine, X, y: engine.probe(X, y, epochs=1),
+    lambda engine, X, y: engine.load_state_dict(engine.state_dict() | {"2.bias": np.zeros(2)}),
+], ids=["step", "fit", "probe", "load"])  # fmt: skip
+def test_what_changes_a_merged_engine_makes_it_a_single_one(change, tmp_path):
+    X, y = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20.0)
+    whole = merged([Engine(MLP([3, 5, 2]), loss="gaussian", seed=seed, batch_size=10) for seed in range(3)])
+    assert len(members(whole)) == 3
+    change(whole, X, y)
+    # of its own outputs, not of a mixture
+    np.testing.assert_array_equal(whole.predict(X, return_std=True)[1], whole.loss.std(whole.outputs(X))[:, 0])
+    whole.save_checkpoint(tmp_path / "m.safetensors")
+    for engine in (whole, load_checkpoint(tmp_path / "m.safetensors")):
+        with pytest.raises(ArgumentError, match=r"^engine: the model is a single one, was trained after its parts"):
+            members(engine)
 
 
 def test_the_spread_is_that_of_the_models(data, trained, tmp_path):

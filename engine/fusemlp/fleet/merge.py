@@ -63,7 +63,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
     widths = inputs, *(count * width for width in hidden), outputs
     parameters |= scales[0] if alike else {}
     together = _like(first, widths, parameters, normalise=first.normalise if alike else False)
-    together.merged_biases = np.array(biases) - bias
+    together.merged = np.array(biases) - bias
     histories = [engine.history for engine in engines if engine.history is not None]
     together.history = mean_history(histories) if histories else None
     return together
@@ -73,22 +73,18 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers; of a
     network with members, each of these with its factors in weights of its own.
 
-    Raises ArgumentError for an engine that was not merged, was trained since, or has no hidden layers but means.
+    Raises ArgumentError for an engine that was not merged, was changed since, or has no hidden layers but means.
     """
     biases, net = engine.merged_biases, engine.network
     if net.members > 1:
         return [_member(engine, place) for place in range(net.members)]
     if biases is None or net.layers == 1:
-        single = "is a single one, or an earlier release merged it"
+        single = "is a single one, was trained after its parts were merged, or an earlier release merged it"
         reason = single if biases is None else "has no hidden layers to part"
         raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
     count, state, last = len(biases), engine.state_dict(), 2 * (net.layers - 1)
     inputs, *hidden, outputs = net.sizes
     widths = inputs, *(width // count for width in hidden), outputs
-    for layer in range(1, net.layers - 1):
-        grid = state[f"{2 * layer}.weight"].reshape(count, widths[layer + 1], count, widths[layer]).swapaxes(1, 2)
-        if grid[~np.eye(count, dtype=np.bool_)].any():
-            raise ArgumentError(f"{argument}: the model was trained after its parts were merged; give its earlier file")
     parts = []
     for place, bias in enumerate(biases):
         blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]

@@ -291,6 +291,6 @@ def scale_logits(engine: Session, value: float) -> None:
     state, last = engine.state_dict(), 2 * (engine.network.layers - 1)
     for name in (f"{last}.weight", f"{last}.bias"):
         state[name] = state[name] / value
+    biases = engine.merged_biases
     engine.load_state_dict(state)
-    if engine.merged_biases is not None:
-        engine.merged_biases = engine.merged_biases / value
+    engine.merged = None if biases is None else biases / value

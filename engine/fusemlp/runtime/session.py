@@ -161,8 +161,8 @@ class Session:
         self._use_memory(None, None)
         self.memory.hyper[contract.RATE_SCALE] = 1.0
         self.memory.hyper[contract.LOSS_SCALE] = contract.FIRST_LOSS_SCALE
-        # (models, N): how far the last biases of merged models lie from their mean
-        self.merged_biases: Array | None = None
+        # the ``merged_biases`` of an engine that was merged
+        self.merged: Array | None = None
 
     def join(self, distributed: bool, reduce: str, timeout: float) -> None:
         """With ``distributed`` train together with the other processes that torchrun has started.
@@ -371,6 +371,11 @@ class Session:
         }
         return {**self.described, **in_use(**features)}
 
+    @property
+    def merged_biases(self) -> Array | None:
+        """The distances of merged models' last biases from their mean, (models, N); None once they learn together."""
+        return None if self.update_count else self.merged
+
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go back to a snapshot of the memory, or to what it remembered."""
         self.memory.restore(snapshot)
@@ -398,6 +403,7 @@ class Session:
         arrays = checked_state(shapes, state, self.inputs.real)
         self.scaling.take_tensors({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
         self.memory.write(arrays)
+        self.merged = None
 
     def take_rule(self, rule: UpdateRule) -> None:
         """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit.

@@ -124,7 +124,7 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
         # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
     engine.best_parameters = of_kind("best", tensors) or None
-    engine.merged_biases = tensors.get("merged/bias")
+    engine.merged = tensors.get("merged/bias")
     engine.epochs_trained = as_count("epochs_trained", config["epochs_trained"], minimum=0)
     if config["fit"] is not None:
         engine.fit_state = state = stored("fit", config["fit"], FitState)

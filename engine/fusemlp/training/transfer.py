@@ -217,3 +217,4 @@ def probing(
             engine.scaling.scale = scale
         else:
             engine.memory.write({**start, **shifted(tail.memory.tensors(), kept)})
+            engine.merged = None
