@@ -290,7 +290,7 @@ def test_the_tables_features_are_walked():
         # tests/doors/test_loss_doors.py
         "label_smoothing",
         # test_layer_doors.py
-        "columns",
+        *("columns", "hidden"),
         # test_cli.py and test_cli_transfer.py
         *("dp_epsilon", "probed", "time_limit"),
         # tests/doors/test_table_doors.py

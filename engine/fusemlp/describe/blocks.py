@@ -15,6 +15,8 @@ class Normalisation(Description):
 
     # the module of torch
     torch: ClassVar[str] = ""
+    # the letter of a tensor's name in a program, its name in torch, and the number that fills it at the start
+    tensors: ClassVar[tuple[tuple[str, str, float], ...]] = (("g", "weight", 1.0),)
     eps: Positive = 1e-5
 
     def spec(self) -> Norm:
@@ -28,6 +30,7 @@ class LayerNorm(Normalisation):
 
     kind = "layer"
     torch = "LayerNorm"
+    tensors = ("g", "weight", 1.0), ("c", "bias", 0.0)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ CONFLICTS = {
         }.items()
     },
     ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",
+    ("residual", "hidden"): "hidden: expected a network without residual blocks, got {hidden!r}; vary other parameters",
     ("prelu", "models"): "models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model",
     # the fallback on a card has the core alone
     ("members", "cupy"): f"members: {_CORE} members that share weights{_OTHERS}",
@@ -203,12 +204,12 @@ CONFLICTS = {
 }
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
-    ("numpy loss", "triton"),
-    *(
-        (feature, "cupy")
-        for feature in ("ranks", "members", "privacy", "attack", "numpy loss", "norm", "residual", "encoding")
-    ),
+    *(pair for pair, words in CONFLICTS.items() if _CORE in words),
+    *(("ranks", "cupy"), ("numpy loss", "cupy"), ("numpy loss", "triton")),
 }
+# Features that a resident kernel may lack, in the words of its refusal.
+BLOCKS = "norm and residual blocks"
+BESIDE = {"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"}
 
 
 def in_use(**features: Any) -> dict[str, Any]:

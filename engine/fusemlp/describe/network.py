@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from fusemlp.describe.blocks import (
     ENCODINGS,
     Frequency,
-    LayerNorm,
     Normalisation,
     Residual,
     as_encoding,
@@ -190,6 +189,21 @@ _ARGUMENTS = {
     "rate": "it is called dropout here: MLP([784, 128, 10], dropout=0.2)",
     "seed": "it belongs to the engine: Engine(net, seed=0)",
 }
+
+
+class Parameter(NamedTuple):
+    """A learned tensor: its names in a program and in ``state_dict``, and the number that fills it at the start, None
+    for one that is drawn.
+
+    Programs call weight, bias and slope of layer 0 w0, b0 and s0, those of its norm g0 and c0, factors r0 and s0.
+    """
+
+    short: str
+    name: str
+    shape: tuple[int, ...]
+    start: float | None = None
+
+
 _OF_ENGINE = "a network is a description, without parameters; make an engine: Engine(net, loss=..., optimizer=...)"
 
 
@@ -318,8 +332,17 @@ class MLP(Description):
         fields = {name: getattr(self, name) for name in FIELDS}
         return MLP(**{**_arguments(**fields), **changes})
 
-    def blocks_of(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the residual blocks of the layers from ``start`` to before ``stop``, counted from there.
+    def fields(self, *without: str) -> tuple[Any, ...]:
+        """Return the values of the fields but those ``without``."""
+        return tuple(getattr(self, name) for name in FIELDS if name not in without)
+
+    def hidden(self, start: int = 0, stop: int = -1) -> dict[str, Any]:
+        """Return the arguments that each hidden layer has its own of, for those from ``start`` to before ``stop``."""
+        values = {"activation": self.activations, "dropout": self.dropouts, "norm": self.norms}
+        return {name: own[start:stop] for name, own in values.items() if own}
+
+    def entries(self, start: int, stop: int) -> list[int | Residual]:
+        """Return ``sizes`` as the constructor takes them of a network of the layers from ``start`` to before ``stop``.
 
         Raises ArgumentError if ``start`` or ``stop`` cuts a block, or parts it from the layer before it.
         """
@@ -329,7 +352,8 @@ class MLP(Description):
                 raise ArgumentError(
                     f"layers: {cut} cuts the residual block of layers {first + 1} to {last + 1}; take {last + 1}"
                 )
-        return [(first - start, last - start) for first, last in self.blocks if start <= first and last < stop]
+        blocks = [(first - start, last - start) for first, last in self.blocks if start <= first and last < stop]
+        return rolled(self.sizes[start : stop + 1], blocks)
 
     def shares(self, layer: int) -> bool:
         """Return whether members share the weights of a layer."""
@@ -338,6 +362,12 @@ class MLP(Description):
     def norm(self, layer: int) -> Normalisation | None:
         """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
         return self.norms[layer] if self.norms else None
+
+    @property
+    def cut(self) -> set[int]:
+        """The layers whose rest is a call of its own after their product: a block's last one has nothing but a sum."""
+        norms = {layer for layer, norm in enumerate(self.norms) if norm is not None}
+        return {*norms, *(first - 1 for first, _ in self.blocks)} - {last for _, last in self.blocks}
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -366,27 +396,31 @@ class MLP(Description):
         """The number of learned values: weights, biases and PReLU slopes."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
+    @property
+    def tensors(self) -> tuple[Parameter, ...]:
+        """The parameters in the order of ``state_dict``."""
+        rows: list[Parameter] = []
+        for layer, activation in enumerate(self.activations):
+            (inputs, outputs), number, many = self.widths[layer : layer + 2], 2 * layer, self.members
+            norm, shared = self.norm(layer), self.shares(layer)
+            # each member has an output layer
+            weight = outputs if shared else many * outputs, inputs
+            bias = (many, outputs) if shared else weight[:1]
+            if shared:
+                rows.append(Parameter(f"r{layer}", f"{number}.r", (many, inputs), 1.0 if layer else None))
+            rows.append(Parameter(f"w{layer}", f"{number}.weight", weight))
+            if shared:
+                rows.append(Parameter(f"s{layer}", f"{number}.s", (many, outputs), 1.0))
+            rows.append(Parameter(f"b{layer}", f"{number}.bias", bias))
+            for kind, name, start in () if norm is None else norm.tensors:
+                rows.append(Parameter(f"{kind}{layer}", f"{number}{NORM}.{name}", (outputs,), start))
+            if activation.name == "prelu":
+                rows.append(Parameter(f"s{layer}", f"{number + 1}.weight", (1,), activation.slope))
+        return tuple(rows)
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter by its name, in the order of ``state_dict``."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer, (inputs, outputs) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
-            if self.shares(layer):
-                shapes[f"{2 * layer}.r"] = (self.members, inputs)
-                shapes[f"{2 * layer}.weight"] = (outputs, inputs)
-                shapes[f"{2 * layer}.s"] = (self.members, outputs)
-                shapes[f"{2 * layer}.bias"] = (self.members, outputs)
-                continue
-            # the output layer of each member
-            shapes[f"{2 * layer}.weight"] = (self.members * outputs, inputs)
-            shapes[f"{2 * layer}.bias"] = (self.members * outputs,)
-            norm = self.norm(layer)
-            if norm is not None:
-                shapes[f"{2 * layer}{NORM}.weight"] = (outputs,)
-            if isinstance(norm, LayerNorm):
-                shapes[f"{2 * layer}{NORM}.bias"] = (outputs,)
-            if self.activations[layer].name == "prelu":
-                shapes[f"{2 * layer + 1}.weight"] = (1,)
-        return shapes
+        return {parameter.name: parameter.shape for parameter in self.tensors}
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print layers, shapes, parameters and their memory; ``print_fn`` gets the text instead, as in Keras."""
@@ -407,25 +441,19 @@ class MLP(Description):
         Each layer draws from its own random stream, so its numbers do not depend on another layer's width.
         """
         streams = np.random.SeedSequence(as_count("seed", seed, minimum=0)).spawn(self.layers)
-        arrays: list[Array] = []
+        drawn: dict[str, Array] = {}
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            how: Any = self.init_of(layer), activation, *self.widths[layer : layer + 2]
-            if self.shares(layer):
-                weight, bias = _draw(generator, *how)
-                inputs, outputs = how[2:]
-                signs = generator.choice([-1.0, 1.0], (self.members, inputs))
-                arrays += [signs if layer == 0 else np.ones_like(signs), weight, np.ones((self.members, outputs))]
-                arrays.append(np.tile(bias, (self.members, 1)))
-                continue
-            drawn = [_draw(generator, *how) for _ in range(self.members)]
-            arrays += map(np.concatenate, zip(*drawn, strict=True))
-            norm, outputs = self.norm(layer), self.sizes[layer + 1]
-            arrays += [np.ones(outputs)] if norm is not None else []
-            arrays += [np.zeros(outputs)] if isinstance(norm, LayerNorm) else []
-            if activation.name == "prelu":
-                arrays.append(np.full(1, activation.slope))
-        return dict(zip(self.parameter_shapes(), arrays, strict=True))
+            inputs, outputs = self.widths[layer : layer + 2]
+            heads = 1 if self.shares(layer) else self.members
+            layers = [_draw(generator, self.init_of(layer), activation, inputs, outputs) for _ in range(heads)]
+            drawn[f"w{layer}"], drawn[f"b{layer}"] = map(np.concatenate, zip(*layers, strict=True))
+            if self.shares(0) and layer == 0:
+                drawn["r0"] = generator.choice([-1.0, 1.0], (self.members, inputs))
+        return {
+            name: np.array(np.broadcast_to(drawn[short] if start is None else start, shape), np.float64)
+            for short, name, shape, start in self.tensors
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:

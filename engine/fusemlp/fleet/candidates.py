@@ -11,6 +11,7 @@ import numpy as np
 
 from fusemlp.datasets.rows import available_memory
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
@@ -148,21 +149,17 @@ def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
         return net
     if "hidden" not in parameters:
         return net.but(dropout=parameters["dropout"])
-    if net.blocks:
-        raise ArgumentError(f"hidden: expected a network without residual blocks, got {net!r}; vary other parameters")
+    check_together({**net.uses, "hidden": parameters["hidden"]})
     hidden = parameters["hidden"]
     hidden = (hidden,) if isinstance(hidden, str) or not isinstance(hidden, Iterable) else hidden
     hidden = tuple(as_count("hidden", width, minimum=1) for width in hidden)
-    sizes = [net.sizes[0], *hidden, net.sizes[-1]]
-    return net.but(
-        sizes=sizes,
-        activation=_repeated("activation", net.activations[:-1], len(hidden), "relu"),
-        dropout=parameters.get("dropout", _repeated("dropout", net.dropouts[:-1], len(hidden), 0.0)),
-        norm=_repeated("norm", net.norms[:-1], len(hidden), None),
-    )
+    like = net if net.layers > 1 else MLP([1, 1, 1])
+    layers = {name: _repeated(name, values, len(hidden)) for name, values in like.hidden().items()}
+    dropout = {name: parameters[name] for name in ("dropout",) if name in parameters}
+    return net.but(sizes=[net.sizes[0], *hidden, net.sizes[-1]], **{**layers, **dropout})
 
 
-def _repeated(argument: str, values: Sequence[Any], count: int, default: Any) -> Any:
+def _repeated(argument: str, values: Sequence[Any], count: int) -> Any:
     """Return the setting of ``count`` hidden layers: their one common value, or a value for each."""
     if len(set(values)) > 1:
         if len(values) != count:
@@ -171,7 +168,7 @@ def _repeated(argument: str, values: Sequence[Any], count: int, default: Any) ->
                 f"give the network one {argument}"
             )
         return values
-    return values[0] if values else default
+    return values[0]
 
 
 def _described(given: Any, changes: Mapping[str, Any]) -> Any:

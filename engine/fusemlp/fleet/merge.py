@@ -32,8 +32,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
     left out. Inputs are normalised as by the engines; if they differ in that, the scales are in the first layer. The
-    history is ``mean_history``, the inverse ``members``. Raises ArgumentError for what is of a layer, prelu's slope
-    and normalisations, and for residual blocks.
+    history is ``mean_history``, the inverse ``members``. Raises ArgumentError as ``check_mergeable``.
     """
     first = engines[0]
     if len(engines) == 1:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fusemlp.describe.network import MLP, NORM, layer_of
+from fusemlp.describe.network import MLP
 from fusemlp.program.program import Program, Structure, Value
 from fusemlp.program.verifier import Places, lifetimes, verify
 from fusemlp_kernels.contract import Backend
@@ -26,27 +26,9 @@ REMEMBERED = 256
 RATE_ROWS = 1024
 
 
-# The first letter of a parameter's short name, by where it stands behind the layer's number and by its tensor.
-KINDS = {
-    (0, "weight"): "w",
-    (0, "bias"): "b",
-    (0, "r"): "r",
-    (0, "s"): "s",
-    (1, "weight"): "s",
-    (NORM, "weight"): "g",
-    (NORM, "bias"): "c",
-}
-
-
 def short_names(net: MLP) -> dict[str, str]:
-    """Return the parameters' names in the state_dict by those in the program: w0, b0, s0 for a slope, g0 and c0 for
-    weight and bias of a normalisation, or for members' factors r0 and s0."""
-    names = {}
-    for name in net.parameter_shapes():
-        number, _, tensor = name.partition(".")
-        behind = NORM if number.endswith(NORM) else int(number) % 2
-        names[f"{KINDS[behind, tensor]}{layer_of(name)}"] = name
-    return names
+    """Return the parameters' names in the state_dict by those in the program."""
+    return {parameter.short: parameter.name for parameter in net.tensors}
 
 
 @dataclass(frozen=True)

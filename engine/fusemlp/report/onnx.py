@@ -105,7 +105,7 @@ def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Arra
         tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
         x = graph.add("Gemm", x, *tensors, transB=1)
         if (norm := net.norm(layer)) is not None:
-            keys = [key for key in (f"{2 * layer}{NORM}.weight", f"{2 * layer}{NORM}.bias") if key in parameters]
+            keys = [f"{2 * layer}{NORM}.{tensor}" for _, tensor, _ in norm.tensors]
             x = graph.normalised(x, norm, *(graph.constant(parameters[key], key) for key in keys))
         x = graph.activation(x, activation, parameters.get(f"{2 * layer + 1}.weight"))
         x = x + inputs[starts[layer]] if layer in starts else x

@@ -6,7 +6,7 @@ The program may be for a backend that is absent.
 from collections.abc import Sequence
 
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.conflicts import Features, check_together
+from fusemlp.describe.conflicts import BESIDE, Features, check_together
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -46,11 +46,8 @@ UNINTERRUPTED_FLOPS = 2e9
 CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
-# Features that a resident kernel may lack, as its traits call them.
-BLOCKS = "norm and residual blocks"
 # On a card the plans of which a launch has many steps.
 LOOPED = ("card", "resident")
-BESIDE = {"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"}
 
 
 def open_here(name: str, device: str | None, precision: str) -> Backend:

@@ -227,9 +227,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         estimator = cls(
             preset="tabm" if net.members > 1 else None,
             hidden=net.sizes[1:-1],
-            activation=net.activations[:-1],
-            norm=net.norms[:-1] or None,
-            dropout=net.dropouts[:-1],
+            **net.hidden(),
             loss=engine.loss,
             optimizer=engine.optimizer,
             batch_size=engine.batch_size,

@@ -374,9 +374,9 @@ def _slots(layers: list[_Layer]) -> dict[str, Slot]:
         if layer.linear.module.bias is not None:
             places.append(("b", "bias", layer.linear))
         if layer.norm is not None:
-            places.append(("g", "weight", layer.norm))
-            if getattr(layer.norm.module, "bias", None) is not None:
-                places.append(("c", "bias", layer.norm))
+            norm = layer.norm.module
+            tensors = [(kind, name) for kind, name, _ in _NORMS[type(norm)].tensors if getattr(norm, name) is not None]
+            places += [(kind, name, layer.norm) for kind, name in tensors]
         if layer.activation is not None and isinstance(layer.activation.module, nn.PReLU):
             places.append(("s", "weight", layer.activation))
         for short, name, part in places:

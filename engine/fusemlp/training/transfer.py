@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together, in_use
-from fusemlp.describe.network import MLP, NORM, layer_of, rolled
+from fusemlp.describe.network import MLP, NORM, layer_of
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
@@ -78,16 +78,11 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
     if not kept or not widths:
         expected = "the width of at least an output layer, and a source with layers before it"
         raise ArgumentError(f"head: expected {expected}, got {head!r} for {known!r}")
-    blocks = known.blocks_of(0, kept)
     # the hidden layers of the head are like the last one before it; the end of a block has no activation
-    like = max({*range(kept)} - {last for _, last in blocks})
-    new = range(len(widths) - 1)
-    built = known.but(
-        sizes=rolled([*known.sizes[: kept + 1], *widths], blocks),
-        activation=[*known.activations[:kept], *(known.activations[like] for _ in new)],
-        dropout=[*known.dropouts[:kept], *(0.0 for _ in new)],
-        norm=[*map(known.norm, range(kept)), *(known.norm(like) for _ in new)],
-    )
+    like, new = max({*range(kept)} - {last for _, last in known.blocks}), len(widths) - 1
+    layers_of = {name: [*values, *[values[like]] * new] for name, values in known.hidden(0, kept).items()}
+    dropout = [*known.dropouts[:kept], *[0.0] * new]
+    built = known.but(sizes=[*known.entries(0, kept), *widths], **{**layers_of, "dropout": dropout})
     return built, kept if count is None else count
 
 
@@ -182,13 +177,7 @@ def probing(
     def later(named: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
 
-    head = net.but(
-        sizes=rolled(net.sizes[kept:], net.blocks_of(kept, net.layers)),
-        activation=net.activations[kept:-1],
-        dropout=net.dropouts[kept:-1],
-        norm=net.norms[kept:-1] or None,
-        encoding=None,
-    )
+    head = net.but(sizes=net.entries(kept, net.layers), encoding=None, **net.hidden(kept))
     traits = engine.memory.backend.traits
     keeps_plan = was_asked(engine.plan_reason) and has_plan(traits, engine.plan, head, engine.precision)
     tail = engine.like(

@@ -45,8 +45,8 @@ class _Blocks:
         self.ends = {last + 1: first for first, last in self.net.blocks}
         self.starts = {first: last + 1 for first, last in self.net.blocks}
         self.norms = {layer + 1: norm.spec() for layer, norm in enumerate(self.net.norms) if norm is not None}
-        # the layers that are cut in two: a block's last one has nothing but the sum
-        self.cut = {*self.norms, *self.starts} - {*self.ends}
+        # the layers that are cut in two
+        self.cut = {layer + 1 for layer in self.net.cut}
         self.rest: dict[int, dict[str, Any]] = {}
         # without a rule there is nothing but the gradient by the inputs
         self.trained = {} if step.rule is None else dict(step.trained)
