@@ -471,7 +471,8 @@ class Backend(Protocol):
         """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps.
 
         On the host it also takes ``arrays``, those of the program by name, and ``memo``, a dict that stays with calls
-        which differ in nothing but their arrays: what is kept in it makes binding them again cheap.
+        which differ in nothing but their arrays, and in the numbers of their operand ``rule``: what is kept in it makes
+        binding them again cheap.
         """
 
     def scalar(self, array: Any, index: int) -> Any:

@@ -12,6 +12,7 @@ from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, make, rmsprop, 
 
 import fusemlp.torch as door
 from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.numpy import tables
 
 
 @each_optimizer
@@ -58,6 +59,19 @@ def test_options_of_the_groups_are_read_at_every_step():
         for name, value in options:
             pair.both(lambda _, optimizer, name=name, value=value: optimizer.param_groups[0].update({name: value}))
             pair.steps(2)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "cycled"),
+    [(sgd, [{"momentum": 0.8}, {"momentum": 0.7}]), (adam, [{"betas": (0.8, 0.99)}, {"betas": (0.7, 0.9)}])],
+)
+def test_betas_that_cycle_enter_no_table_of_calls_again(make_optimizer, cycled, monkeypatch):
+    pair = Pair(make_optimizer=make_optimizer)
+    pair.steps(1)
+    monkeypatch.setattr(tables.CallTable, "__init__", None)
+    for options in cycled:
+        pair.both(lambda _, optimizer, options=options: optimizer.param_groups[0].update(options))
+        pair.steps(10)
 
 
 def test_a_rate_held_in_a_tensor_is_followed():

@@ -30,6 +30,7 @@ from fusemlp.torch.modules import Reading, as_module
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 Run = Callable[[], object]
 
@@ -150,6 +151,8 @@ def bind_clipping(gradients: Sequence[Any], most: float) -> Run:
     return run
 
 
+# Rows of a table of rates whose rule has changed.
+RATE_ROWS = 9
 # A group's own learning rate is the factor that the clock applies to this one.
 UNIT_RATE = Constant(1.0)
 
@@ -189,17 +192,23 @@ class Clocks:
             self._arrays.append((allocate(contract.HYPER, "float64"), rates, allocate(contract.COUNTERS, "int64")))
         if index not in self._tables or self._tables[index][0] != rule:
             counted = rule if self._corrected else replace(rule, kind="sgd")
-            self._tables[index] = rule, RateTable(self._backend, counted, *self._arrays[index])
+            hyper, rates, counters = self._arrays[index]
+            # betas that a scheduler cycles have no use for the many rows of others
+            rates = rates[:RATE_ROWS] if index in self._tables else rates
+            self._tables[index] = rule, RateTable(self._backend, counted, hyper, rates, counters)
         table = self._tables[index][1]
         table.counters[contract.UPDATE_COUNT] = count
         table.follow(UNIT_RATE, rate, count=count)
         return table
 
 
-def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Run]:
-    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
+def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout, memos: dict[int, Any]) -> list[Run]:
+    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``.
+
+    ``memos`` has what each set's next call needs that differs in the numbers of its rule, such as betas of OneCycleLR.
+    """
     last, arrays = bound.program.calls[-1], bound.arrays
-    runs = []
+    runs: list[Run] = []
     for update_set in sets:
         if last.op == "update":
             operands = {
@@ -222,6 +231,13 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
             "counters": update_set.table.counters,
             "rule": update_set.rule,
         }
+        if bound.backend.traits.on_host:
+            rule, place = update_set.rule, len(runs)
+            same = [value for name, value in vars(rule).items() if name not in HYPERPARAMETERS]
+            kind = rule.name, same, update_set.rules
+            if place not in memos or memos[place][0] != kind:
+                memos[place] = kind, {}
+            clock |= {"arrays": arrays, "memo": memos[place][1]}
         runs.append(bound.backend.bind(last.op, **{**operands, **clock}))
     return runs
 
@@ -247,11 +263,12 @@ class Runnable:
     bound: BoundProgram
     before: tuple[Run, ...]
     sets: list[UpdateSet] = field(default_factory=list)
+    memos: dict[int, Any] = field(default_factory=dict)
     run: Run = field(init=False)
 
     def use(self, sets: list[UpdateSet], layout: Layout) -> None:
         """Bind the updates again, for the rules of ``sets``."""
-        self.bound.use((*self.before, *bind_updates(self.bound, sets, layout)))
+        self.bound.use((*self.before, *bind_updates(self.bound, sets, layout, self.memos)))
         self.run, self.sets = self.bound.run, sets
 
 

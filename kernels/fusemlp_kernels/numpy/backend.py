@@ -98,7 +98,7 @@ class NumpyBackend:
     ) -> Run:
         epoch_stats = operands.get("epoch_stats")
         bound = memo.get(self._products) if memo else None
-        run: Run | None = bound.bind(arrays, epoch_stats) if bound else None
+        run: Run | None = bound.bind(arrays, epoch_stats, operands.get("rule")) if bound else None
         if run is not None:
             return run
         check_names(self.traits.name, BINDERS, op, operands)

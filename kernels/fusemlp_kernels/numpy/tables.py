@@ -14,12 +14,13 @@ import numpy as np
 
 from fusemlp_kernels.checks import check_together
 from fusemlp_kernels.coding import Coding, Column
-from fusemlp_kernels.contract import COUNTERS, TensorRule
+from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import aligned, compiled, launch, loop_of, threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.ops import OPS, READ, Operand, expected
 from fusemlp_kernels.philox import LANES, NORMALS
+from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., object]
@@ -36,6 +37,8 @@ SIZES = [record.itemsize for record in PARTS]
 STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT, EPOCHS, EPOCH_STATS = map(
     HEAD.__getitem__, ("steps", "step", "phase", "together", "product", "epochs", "epoch_stats")
 )
+# Those of the numbers of an optimizer's rule.
+NUMBERS = [HEAD[name] for name in HYPERPARAMETERS]
 
 # Kinds of calls on as many rows as the counters say.
 COUNTED = {"ENTROPY", "ELEMENTWISE", "SQUARES", "PAUSE"}
@@ -371,8 +374,9 @@ class BoundTable:
             else:
                 self._common.append(array)
 
-    def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None) -> Run | None:
-        """The same as ``CallTable.bind``, for other arrays; None where the loop cannot read them in place."""
+    def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None, rule: UpdateRule | None) -> Run | None:
+        """The same as ``CallTable.bind``, for other arrays and the numbers of a rule; None where the loop cannot read
+        the arrays in place."""
         entered = []
         for name, flipped, dtype, places in self._named:
             array = arrays[name].T if flipped else arrays[name]
@@ -386,6 +390,8 @@ class BoundTable:
             address: int = array.__array_interface__["data"][0]
             for place, offset in places:
                 words[place] = address + offset
+        if rule is not None:
+            memory.view(np.float64)[NUMBERS] = [getattr(rule, name) for name in HYPERPARAMETERS]
         return _launch(memory, *self._bound[1:], (entered, self._common), epoch_stats)
 
 
