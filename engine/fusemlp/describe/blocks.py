@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from fusemlp.describe.checks import as_count, as_kind, check_choice
-from fusemlp.describe.description import Description, Flag, Positive, from_config
+from fusemlp.describe.description import Count, Description, Flag, Positive, from_config
 from fusemlp_kernels.contract import Norm
 
 
@@ -59,7 +59,7 @@ def norm_from_config(config: Any) -> Normalisation | None:
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Description):
     """An entry of ``sizes``: ``depth`` layers whose result is added to their input (He et al., 2016).
 
     The inner layers have ``width`` units and are like other hidden layers. The last goes back to the width of the
@@ -67,12 +67,8 @@ class Residual:
     ``h = act(linear(20, 64))``, ``h + linear(act(linear(h, 64, 128)), 128, 64)``, then ``linear(64, 1)``.
     """
 
-    width: int
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        as_count("width", self.width, minimum=1)
-        as_count("depth", self.depth, minimum=2)
+    width: Count
+    depth: Annotated[int, partial(as_count, minimum=2)] = 2
 
 
 @dataclass(frozen=True)

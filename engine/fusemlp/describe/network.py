@@ -329,8 +329,7 @@ class MLP(Description):
 
     def but(self, **changes: Any) -> MLP:
         """Return the network with other arguments of the constructor."""
-        fields = {name: getattr(self, name) for name in FIELDS}
-        return MLP(**{**_arguments(**fields), **changes})
+        return MLP(**{**_arguments(**dict(zip(FIELDS, self.fields(), strict=True))), **changes})
 
     def fields(self, *without: str) -> tuple[Any, ...]:
         """Return the values of the fields but those ``without``."""

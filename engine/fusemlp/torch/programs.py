@@ -151,8 +151,6 @@ def bind_clipping(gradients: Sequence[Any], most: float) -> Run:
     return run
 
 
-# Rows of a table of rates whose rule has changed.
-RATE_ROWS = 9
 # A group's own learning rate is the factor that the clock applies to this one.
 UNIT_RATE = Constant(1.0)
 
@@ -193,8 +191,8 @@ class Clocks:
         if index not in self._tables or self._tables[index][0] != rule:
             counted = rule if self._corrected else replace(rule, kind="sgd")
             hyper, rates, counters = self._arrays[index]
-            # betas that a scheduler cycles have no use for the many rows of others
-            rates = rates[:RATE_ROWS] if index in self._tables else rates
+            # a rule that changes at each step has no use for rows of later steps
+            rates = rates[:9] if index in self._tables else rates
             self._tables[index] = rule, RateTable(self._backend, counted, hyper, rates, counters)
         table = self._tables[index][1]
         table.counters[contract.UPDATE_COUNT] = count

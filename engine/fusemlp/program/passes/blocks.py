@@ -44,7 +44,6 @@ class _Blocks:
         self.step, self.net, self.values = step, step.net, dict(program.values)
         self.ends = {last + 1: first for first, last in self.net.blocks}
         self.starts = {first: last + 1 for first, last in self.net.blocks}
-        self.norms = {layer + 1: norm.spec() for layer, norm in enumerate(self.net.norms) if norm is not None}
         # the layers that are cut in two
         self.cut = {layer + 1 for layer in self.net.cut}
         self.rest: dict[int, dict[str, Any]] = {}
@@ -92,14 +91,14 @@ class _Blocks:
 
     def normalise(self, call: Call, layer: int) -> Call:
         """The rest of a layer whose whole is ``call``."""
-        rest = {name: call.operands[name] for name in _REST if name in call.operands}
-        norm, factors = self.norms.get(layer), {}
+        norm, rest = self.net.norm(layer - 1), dict[str, Any](x=Ref(f"u{layer}"))
         if norm is not None:
             names = {"g": f"g{layer - 1}", "b": f"c{layer - 1}"}
-            factors = {operand: Ref(name) for operand, name in names.items() if name in self.values}
-        self.rest[layer] = {"x": Ref(f"u{layer}"), **({} if norm is None else {"norm": norm}), **factors, **rest}
+            rest |= {"norm": norm.spec()} | {key: Ref(name) for key, name in names.items() if name in self.values}
+        rest |= {name: call.operands[name] for name in _REST if name in call.operands}
+        self.rest[layer] = rest
         label = call.label if norm is None else f"{norm.kind} {call.label}"
-        return Call("normalise", {**self.rest[layer], "y": Ref(f"h{layer}")}, label)
+        return Call("normalise", {**rest, "y": Ref(f"h{layer}")}, label)
 
     def backward(self, call: Call, layer: int) -> Iterator[Call]:
         """The calls from dz of a layer to dz of the one before, whose number is ``layer``."""
