@@ -289,8 +289,8 @@ def test_the_tables_features_are_walked():
         *("narrow plan", "card plan"),
         # tests/doors/test_loss_doors.py
         "label_smoothing",
-        # test_layer_doors.py
-        *("columns", "hidden"),
+        # test_layer_doors.py, test_shared_weights.py
+        *("columns", "hidden", "no hidden layer", "output activation"),
         # test_cli.py and test_cli_transfer.py
         *("dp_epsilon", "probed", "time_limit"),
         # tests/doors/test_table_doors.py

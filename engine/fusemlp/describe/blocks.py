@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from fusemlp.describe.checks import as_count, as_kind, check_choice
-from fusemlp.describe.description import Count, Description, Flag, Positive, from_config
-from fusemlp_kernels.contract import Norm
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.description import Count, Description, Flag, Positive
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,6 @@ class Normalisation(Description):
     # the letter of a tensor's name in a program, its name in torch, and the number that fills it at the start
     tensors: ClassVar[tuple[tuple[str, str, float], ...]] = (("g", "weight", 1.0),)
     eps: Positive = 1e-5
-
-    def spec(self) -> Norm:
-        """Return the normalisation for the kernels."""
-        return Norm(self.kind, self.eps)
 
 
 @dataclass(frozen=True)
@@ -51,11 +46,6 @@ def as_norm(argument: str, value: Any) -> Normalisation | None:
         return value
     expected = "'layer', 'rms', an object such as LayerNorm(eps=1e-5), or None"
     return NORMS[check_choice(argument, value, NORMS, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
-
-
-def norm_from_config(config: Any) -> Normalisation | None:
-    """Invert ``to_config``."""
-    return None if config is None else from_config("norm", NORMS, config)
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,3 @@ class Frequency(Description):
 
 
 ENCODINGS = {Frequency.kind: Frequency}
-
-
-def as_encoding(argument: str, value: Any) -> Frequency | None:
-    """Return an encoding, or None; errors call it ``argument``."""
-    return None if value is None else as_kind(argument, value, Frequency, "an object such as Frequency(10), or None")

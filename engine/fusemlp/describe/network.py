@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from fusemlp.describe.blocks import (
-    ENCODINGS,
-    Frequency,
-    Normalisation,
-    Residual,
-    as_encoding,
-    as_norm,
-    norm_from_config,
+from fusemlp.describe.blocks import ENCODINGS, NORMS, Frequency, Normalisation, Residual, as_norm
+from fusemlp.describe.checks import (
+    as_count,
+    as_kind,
+    as_number,
+    check_choice,
+    check_keys,
+    freeze,
+    knows_names,
+    names_absent,
 )
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze, knows_names, names_absent
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
 from fusemlp.describe.description import Description, from_config
 from fusemlp.describe.text import aligned, bytes_text
@@ -43,6 +44,7 @@ INITS = ("auto", *(f"{family}_{shape}" for family in _FAMILIES for shape in ("no
 # The slopes of the activations that have one.
 SLOPES = {name: row.slope for name, row in pointwise.ACTIVATIONS.items() if row.slope is not None}
 _WITH_SLOPE = " or ".join(f"fusemlp.{pointwise.ACTIVATIONS[name].torch}({slope})" for name, slope in SLOPES.items())
+_ENCODING = "an object such as Frequency(10), or None"
 _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmoid", "swish": "silu"}
 
 
@@ -290,22 +292,9 @@ class MLP(Description):
             members=as_count("members", members, minimum=1),
             norms=(*norms, None) if any(norms) else (),
             blocks=blocks,
-            encoding=as_encoding("encoding", encoding),
+            encoding=None if encoding is None else as_kind("encoding", encoding, Frequency, _ENCODING),
         )
         check_together(self.uses)
-        if "members" in self.uses:
-            self._check_members()
-
-    def _check_members(self) -> None:
-        given = f"got members={self.members}"
-        if self.layers == 1:
-            raise ArgumentError(
-                f"members: they share hidden layers, and sizes has none, {given}; add one: MLP([8, 64, 2])"
-            )
-        if self.activations[-1].name != "identity":
-            raise ArgumentError(
-                f"output_activation: with members it must be 'identity', got {self.activations[-1].name!r}"
-            )
 
     def check_single(self, argument: str, what: str) -> None:
         """Raise ArgumentError for a network with members, for which ``what`` is not there."""
@@ -324,7 +313,8 @@ class MLP(Description):
             norm=self.norms or None,
             residual=self.blocks or None,
             encoding=self.encoding,
-            **{"falling activation": falling},
+            **{"falling activation": falling, "no hidden layer": self.layers == 1},
+            **{"output activation": None if names[-1] == "identity" else names[-1]},
         )
 
     def but(self, **changes: Any) -> MLP:
@@ -462,7 +452,7 @@ class MLP(Description):
         encoding = config["encoding"]
         parts = {
             "activations": [activation_from_config(part) for part in config["activations"]],
-            "norms": [norm_from_config(norm) for norm in config["norms"]],
+            "norms": [None if norm is None else from_config("norm", NORMS, norm) for norm in config["norms"]],
             "encoding": None if encoding is None else from_config("encoding", ENCODINGS, encoding),
         }
         net = cls(**_arguments(**{**config, **parts}))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fusemlp.describe.adversarial import FGSM, IBP, PGD, Attack
-from fusemlp.describe.blocks import Normalisation, norm_from_config
+from fusemlp.describe.blocks import NORMS, Normalisation
 from fusemlp.describe.description import from_config
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, Activation, activation_from_config
@@ -192,7 +193,7 @@ def _attack_of(config: Mapping[str, Any]) -> Attack | IBP:
 
 DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
     "activation": (Activation, activation_from_config),
-    "norm": (Normalisation, norm_from_config),
+    "norm": (Normalisation, partial(from_config, "norm", NORMS)),
     "loss": (Loss, loss_from_config),
     "optimizer": (Optimizer, optimizer_from_config),
     "schedule": (Schedule, schedule_from_config),
