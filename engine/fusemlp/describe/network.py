@@ -319,13 +319,13 @@ class MLP(Description):
 
     def but(self, **changes: Any) -> MLP:
         """Return the network with other arguments of the constructor."""
-        return MLP(**{**_arguments(**dict(zip(FIELDS, self.fields(), strict=True))), **changes})
+        return MLP(**{**_arguments(**{name: getattr(self, name) for name in FIELDS}), **changes})
 
-    def fields(self, *without: str) -> tuple[Any, ...]:
-        """Return the values of the fields but those ``without``."""
-        return tuple(getattr(self, name) for name in FIELDS if name not in without)
+    def key_without(self, *names: str) -> tuple[Any, ...]:
+        """Return what networks have in common that are equal but for these fields."""
+        return tuple(getattr(self, name) for name in FIELDS if name not in names)
 
-    def hidden(self, start: int = 0, stop: int = -1) -> dict[str, Any]:
+    def hidden_arguments(self, start: int = 0, stop: int = -1) -> dict[str, Any]:
         """Return the arguments that each hidden layer has its own of, for those from ``start`` to before ``stop``."""
         values = {"activation": self.activations, "dropout": self.dropouts, "norm": self.norms}
         return {name: own[start:stop] for name, own in values.items() if own}
@@ -353,7 +353,7 @@ class MLP(Description):
         return self.norms[layer] if self.norms else None
 
     @property
-    def cut(self) -> set[int]:
+    def cut_layers(self) -> set[int]:
         """The layers whose rest is a call of its own after their product: a block's last one has nothing but a sum."""
         norms = {layer for layer, norm in enumerate(self.norms) if norm is not None}
         return {*norms, *(first - 1 for first, _ in self.blocks)} - {last for _, last in self.blocks}

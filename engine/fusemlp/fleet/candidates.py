@@ -154,7 +154,7 @@ def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
     hidden = (hidden,) if isinstance(hidden, str) or not isinstance(hidden, Iterable) else hidden
     hidden = tuple(as_count("hidden", width, minimum=1) for width in hidden)
     like = net if net.layers > 1 else MLP([1, 1, 1])
-    layers = {name: _repeated(name, values, len(hidden)) for name, values in like.hidden().items()}
+    layers = {name: _repeated(name, values, len(hidden)) for name, values in like.hidden_arguments().items()}
     dropout = {name: parameters[name] for name in ("dropout",) if name in parameters}
     return net.but(sizes=[net.sizes[0], *hidden, net.sizes[-1]], **{**layers, **dropout})
 

@@ -38,7 +38,7 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
     states = engine.optimizer.rule().states
-    return *net.fields("activations", "dropouts", "init"), activations, trained, states, engine.batch_size
+    return *net.key_without("activations", "dropouts", "init"), activations, trained, states, engine.batch_size
 
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:

@@ -80,7 +80,7 @@ class _Lines:
         place, _ = room("compute", 1, multiple, count)
         backend.copy_into(place, points.astype(passes.real)[:, None])
         # the program goes on behind the product where the rest of the layer is a call of its own
-        cut = 0 in net.cut
+        cut = 0 in net.cut_layers
         activation = Activation("identity") if cut else net.activations[0]
         names = ["u1"] if cut else ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
         hidden = {name: room("compute", width, pitch, count * rows) for name in names}

@@ -227,7 +227,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         estimator = cls(
             preset="tabm" if net.members > 1 else None,
             hidden=net.sizes[1:-1],
-            **net.hidden(),
+            **net.hidden_arguments(),
             loss=engine.loss,
             optimizer=engine.optimizer,
             batch_size=engine.batch_size,

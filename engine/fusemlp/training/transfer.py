@@ -80,7 +80,7 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
         raise ArgumentError(f"head: expected {expected}, got {head!r} for {known!r}")
     # the hidden layers of the head are like the last one before it; the end of a block has no activation
     like, new = max({*range(kept)} - {last for _, last in known.blocks}), len(widths) - 1
-    layers_of = {name: [*values, *[values[like]] * new] for name, values in known.hidden(0, kept).items()}
+    layers_of = {name: [*values, *[values[like]] * new] for name, values in known.hidden_arguments(0, kept).items()}
     dropout = [*known.dropouts[:kept], *[0.0] * new]
     built = known.but(sizes=[*known.entries(0, kept), *widths], **{**layers_of, "dropout": dropout})
     return built, kept if count is None else count
@@ -177,7 +177,7 @@ def probing(
     def later(named: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
 
-    head = net.but(sizes=net.entries(kept, net.layers), encoding=None, **net.hidden(kept))
+    head = net.but(sizes=net.entries(kept, net.layers), encoding=None, **net.hidden_arguments(kept))
     traits = engine.memory.backend.traits
     keeps_plan = was_asked(engine.plan_reason) and has_plan(traits, engine.plan, head, engine.precision)
     tail = engine.like(

@@ -45,7 +45,7 @@ class _Blocks:
         self.ends = {last + 1: first for first, last in self.net.blocks}
         self.starts = {first: last + 1 for first, last in self.net.blocks}
         # the layers that are cut in two
-        self.cut = {layer + 1 for layer in self.net.cut}
+        self.cut = {layer + 1 for layer in self.net.cut_layers}
         self.rest: dict[int, dict[str, Any]] = {}
         # without a rule there is nothing but the gradient by the inputs
         self.trained = {} if step.rule is None else dict(step.trained)
