@@ -138,10 +138,6 @@ class BoundProgram:
         """See ``walk_rows``."""
         walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)
 
-    def set_row_count(self, count: int) -> None:
-        """Set the number of valid rows in the batch; the others are padding."""
-        self.arrays["counters"][ROW_COUNT] = count
-
 
 def walk_rows(
     backend: Backend, arrays: Mapping[str, Any], order: Array, first_batch: int, size: int, epochs: int = 1

@@ -30,7 +30,7 @@ from fusemlp.runtime.steps import TrainingStep, bind, lower
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp.training.intervals import add_worst_case
-from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIES, ROW_OFFSET, ROW_STEP, Ridge
+from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIES, ROW_COUNT, ROW_STEP, Ridge
 
 
 @dataclass(eq=False)
@@ -179,7 +179,7 @@ class CalledBatches(EstimatorBatches):
         self.arrays = self.bound.arrays
         memory = self.model.engine.memory
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
-        memory.counters[ROW_OFFSET : ROW_STEP + 1] = 0
+        memory.counters[ROW_COUNT : ROW_STEP + 1] = 0
         *self.gradient_calls, self.update = self.bound.calls
         layers = range(self.model.engine.network.layers if self.alpha else 0)
         self._weights = [memory.arrays[f"w{layer}"] for layer in layers]
@@ -228,7 +228,7 @@ class CalledBatches(EstimatorBatches):
         """Take the rows of an epoch in their order."""
         assert epochs == 1
         self._order, self._start = order, first_batch * size
-        self.bound.set_row_count(size)
+        self.arrays["counters"][ROW_COUNT] = size
         if self.weight is not None or self.n % size:
             self._set_shares(order)
         # the loss of the short last batch, and the penalties of all
@@ -247,7 +247,7 @@ class CalledBatches(EstimatorBatches):
         self.bound.backend.copy_into(rows[:count], batch)
         if count < len(rows):
             rows[count:] = -1
-            self.bound.set_row_count(count)
+            self.arrays["counters"][ROW_COUNT] = count
 
     def step(self, batch: Array) -> None:
         """Train on these rows, unless their weights are all 0."""
@@ -283,7 +283,7 @@ class CalledBatches(EstimatorBatches):
     def loss_and_gradient(self) -> float:
         """Return the loss of all rows as one batch, and leave its gradient in memory."""
         order, total = np.arange(self.n), float(self.sums[0])
-        self.bound.set_row_count(self.n)
+        self.arrays["counters"][ROW_COUNT] = self.n
         self.copy(order)
         with np.errstate(all="ignore"):
             penalty = float(self.penalty()) / total
