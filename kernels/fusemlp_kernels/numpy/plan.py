@@ -23,8 +23,8 @@ PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
 # Rows of a task where threads have tasks enough: weights that are larger than a core's cache are read once for all of
-# them. And how many tasks are enough for a thread.
-TASK_ROWS = 128
+# them. And how many tasks are enough for each of several threads.
+TASK_ROWS = 512
 THREAD_TASKS = 4
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times
@@ -192,7 +192,8 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
 
 def together(block: int, blocks: int, threads: int, least_rows: int) -> int:
     """Return how many blocks of rows a task has; the results do not depend on it."""
-    few = min(TASK_ROWS // max(1, block), blocks // (THREAD_TASKS * threads))
+    enough = THREAD_TASKS * threads if threads > 1 else 1
+    few = min(TASK_ROWS // max(1, block), blocks // enough)
     return max(1, few, min(least_rows // max(1, block), blocks // threads))
 
 
