@@ -18,7 +18,7 @@ from fusemlp.describe.losses import as_loss
 from fusemlp.program.passes.training import ClipAndNoise, SumOverRanks, passes_against
 from fusemlp.program.program import Sharding
 from fusemlp.program.verifier import verify
-from fusemlp.runtime.memory import COMPUTE_BYTES
+from fusemlp.runtime.memory import compute_bytes
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.session import Session
 from fusemlp.sklearn import MLPClassifier
@@ -211,7 +211,7 @@ def lower(case, backend):
         rows=BATCH,
         weighted="sample_weight" in case.fit,
         accuracy=False,
-        compute_bytes=COMPUTE_BYTES.get(precision),
+        compute_bytes=compute_bytes(traits, precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
         resident=chosen[0] == "resident" and not ranks and (traits.on_host or not attacks),
