@@ -76,6 +76,7 @@ CHOICES = [
     # without the option other tables are told nothing, and a network of one's own stays
     (LEAST, {}, True, 16, "preset tabm: 16 members"),
     (LEAST, {"epochs": 3, "dropout": 0.1}, True, 16, "preset tabm: 16 members"),
+    (LEAST, {"early_stopping": 30, "ema": 0.9}, True, 16, "preset tabm: 16 members"),
     *((rows, {}, classify, 1, None) for rows, classify in ((LEAST - 1, True), (LEAST, False), (0, True))),
     *((LEAST, given, True, 1, None) for given in ({"hidden": ["8"]}, {"lr": 0.01}, {"models": 1}, {"resume": "run"})),
     *((LEAST, given, True, 1, None) for given in ({"time_limit": 60.0}, {"dp_epsilon": 3.0})),
@@ -124,9 +125,13 @@ def test_what_is_given_stays(tmp_path):
     made = prepared(tmp_path, hidden=["8"], optimizer="sgd", activation="tanh")
     assert made.network.sizes[1:-1] == (8,) and made.network.members == presets.MEMBERS
     assert {one.name for one in made.network.activations[:-1]} == {"tanh"}
-    # the recipe's rate is adamw's
-    assert (made.recipe.optimizer, made.recipe.lr, made.recipe.batch_size) == ("sgd", None, 32)
-    assert prepared(tmp_path, preset="plain", hidden=["8"]).network.members == 1
+    # the recipe's rate and average are adamw's
+    assert (made.recipe.optimizer, made.recipe.lr, made.recipe.batch_size, made.recipe.ema) == ("sgd", None, 32, 0.0)
+    given = {}, {"early_stopping": 30, "ema": 0.9}, {"validation_fraction": 0.0}
+    pace = [prepared(tmp_path, **options).recipe for options in given]
+    assert [(one.ema, one.early_stopping) for one in pace] == [(0.99, 10), (0.9, 30), (0.99, None)]
+    plain = prepared(tmp_path, preset="plain", hidden=["8"])
+    assert (plain.network.members, plain.recipe.ema, plain.recipe.early_stopping) == (1, 0.0, 20)
 
 
 @pytest.mark.parametrize(

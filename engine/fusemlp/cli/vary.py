@@ -254,6 +254,7 @@ def planned(options: SweepOptions) -> Plan:
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     with _named_as_varied(axes):
         prepared = session.prepared_data(_train_options(options, points[0]))
+        options = replace(options, early_stopping=prepared.recipe.early_stopping)
         check_together(in_use(sweep=True, **{"trained gaps": prepared.gaps or None}))
         # The trials depend on the options that vary: their outcome holds for all.
         recipe = replace(prepared.recipe, **decisions(prepared))

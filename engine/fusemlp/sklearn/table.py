@@ -178,7 +178,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             self.classes_ = np.array(dataset.targets) if dataset.y.ndim == 2 else dataset.classes
         if X_val is not None:
             dataset = with_validation(dataset, self, X_val, y_val, self._checked_targets)
-        elif not recipe.early_stopping:
+        elif recipe.early_stopping == 0:
             recipe = replace(recipe, validation_fraction=0.0)
         callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
         listeners = Listeners(callbacks, print if self.verbose else None)
@@ -192,6 +192,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         values |= {name: values[name] or None for name in ("drop", "keep", "categorical")}
         values["hidden"] = None if values["hidden"] == (DEFAULT_WIDTH,) else values["hidden"]
         values["early_stopping"] = self.early_stopping or 0
+        if self.early_stopping == PATIENCE and self.adversarial is None:
+            values["early_stopping"] = None
         values["models"] = 1 if self.callbacks else self.models
         return TableRecipe(**values, seed=self._seed())
 

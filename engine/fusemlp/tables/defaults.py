@@ -46,17 +46,23 @@ SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 
 def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
-    """Return the recipe with early stopping, and the epochs, where they are not given."""
-    certifies = getattr(recipe, "adversarial", None) == "ibp"
+    """Return the recipe with the epochs where they are not given; check them and early stopping."""
     epochs, patience = recipe.epochs, recipe.early_stopping
     if epochs is None:
-        epochs = recipes.TABLE_EPOCHS if table and not (certifies or is_private(recipe)) else recipes.DEFAULT_EPOCHS
-    if patience is None and validates and not certifies:
-        patience = recipes.PATIENCE
+        long = table and not (getattr(recipe, "adversarial", None) == "ibp" or is_private(recipe))
+        epochs = recipes.TABLE_EPOCHS if long else recipes.DEFAULT_EPOCHS
     as_count("epochs", epochs)
     if patience is not None and as_count("early_stopping", patience, minimum=0) and not validates:
         raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
-    return replace(recipe, epochs=epochs, early_stopping=patience)
+    return replace(recipe, epochs=epochs)
+
+
+def with_patience(recipe: Recipe, *, validates: bool) -> Recipe:
+    """Return the recipe with early stopping where it is not given, and without where nothing is validated."""
+    if not validates:
+        return replace(recipe, early_stopping=None)
+    stops = recipe.early_stopping is None and recipe.adversarial != "ibp"
+    return replace(recipe, early_stopping=recipes.PATIENCE) if stops else recipe
 
 
 def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:
@@ -118,7 +124,7 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, i
         elif obstacles:
             reason = f"tabm does not take what was given for {', '.join(obstacles)}"
         # a resumed run has its preset in its options; with a time limit the members' training is too long
-        designed = not given.isdisjoint({*recipes.TABM, "models", "resume", "time_limit"})
+        designed = not given.isdisjoint({*recipes.TABM, "models", "resume", "time_limit"} - recipes.PACE)
         if name == "plain" or (recipe.preset is None and (designed or reason)):
             return recipe, 1, []
         if reason:
@@ -129,8 +135,8 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, i
     size = max(recipes.BATCH, min(recipes.TABM["batch_size"], size))
     changes = {name: value for name, value in {**recipes.TABM, "batch_size": size}.items() if name not in given}
     if "optimizer" in given:
-        # a rate belongs to its optimizer
-        changes.pop("lr", None)
+        # rate and average belong to their optimizer
+        changes = {name: value for name, value in changes.items() if name not in ("lr", "ema")}
     words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
     note += f"; in place of defaults it has {words}" if words else ""
     return replace(recipe, preset="tabm", models=1, **changes), recipes.MEMBERS, [note]

@@ -142,7 +142,11 @@ TABM: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 2e-3,
     "batch_size": 256,
+    "ema": 0.99,
+    "early_stopping": 10,
 }
+# Of these, fields that "auto" leaves to the caller.
+PACE = frozenset({"ema", "early_stopping"})
 # The same, as it is written without --preset.
 _TABM = " ".join(
     f"--{name.replace('_', '-')} {value[0] if name == 'hidden' else value}" for name, value in TABM.items()
@@ -300,8 +304,8 @@ class FitRecipe(ModelRecipe):
     )
     early_stopping: int | None = _training(
         None,
-        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, 0: never), and restore the "
-        "best weights.",
+        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, "
+        f"{TABM['early_stopping']} with preset tabm, 0: never), and restore the best weights.",
         "EPOCHS",
     )
     metric: str | None = _training(
