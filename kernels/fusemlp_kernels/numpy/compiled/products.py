@@ -39,8 +39,9 @@ from fusemlp_kernels.numpy.processor import first_cache
 # which there are 32, on x86 before AVX-512 16.
 TILE_ROWS, TILE_VECTORS = (6, 2) if X86 and REGISTER_BYTES < 64 else (8, 2)
 
-# Numbers of a sum for which a tile asks for the lines of its results ahead; it always does where it adds to them.
-DEEP = 256
+# Numbers of a sum for which a tile asks for the lines of its results ahead; it always does where it adds to them. Of
+# longer sums it also asks for the lines of b, this many rows ahead: they stream through the first cache.
+DEEP, AHEAD = 256, 8
 
 # Partial sums of a dot product, and the tile of those: as many as the registers hold.
 DOT_BYTES = 64
@@ -90,8 +91,11 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             starts = across(start) * height
             a_rows = [row_address(builder, a, a_row, i, rows) for i in range(height)]
 
-            def added(_: Any, values: list[Any]) -> list[Any]:
+            def added(ahead: int, values: list[Any]) -> list[Any]:
                 a_at, b_at, *sums = values
+                for line in range(0, span if ahead else 0, LINE):
+                    later = builder.add(b_at, builder.mul(b_step, number(ahead)))
+                    to.prefetch(builder.add(later, number(line)))
                 bs = across(b_at)
                 for i in range(height):
                     value = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
@@ -101,7 +105,12 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
                         sums[at] = to.sum_of_product(same, bs[v], sums[at])
                 return [builder.add(a_at, a_step), builder.add(b_at, b_step), *sums]
 
-            _, _, *results = looped(builder, depth, 1, [number(0), b, *starts], added)
+            streams, values = builder.icmp_signed(">", depth, number(DEEP)), [number(0), b, *starts]
+            for ahead, steps in ((AHEAD, (depth, number(0))), (0, (number(0), depth))):
+                values = looped(
+                    builder, builder.select(streams, *steps), 1, values, lambda _, values, n=ahead: added(n, values)
+                )
+            _, _, *results = values
             unit = ir.Constant(to.element, 1.0)
             plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
