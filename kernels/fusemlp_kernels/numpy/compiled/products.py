@@ -409,17 +409,20 @@ def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first:
     like = elements(REAL, w)
     size = like.itemsize
     lanes = REGISTER_BYTES // size
-    k = first
-    while k < last and last - first >= lanes:
-        # the last square may cover columns for a second time
-        k = min(k, last - lanes)
-        for top in range(rows_from, rows_to, lanes):
-            source, target = w + size * (top * inputs + k), panels + size * _place(top, k, inputs)
-            transpose_square(like, source, inputs, min(lanes, rows_to - top), target, PANEL)
-        k += lanes
+    done = first
+    if last - first >= lanes:
+        # squares under each other fill whole lines of a panel, and few rows are read at once
+        for upper in range(rows_from, rows_to, PANEL):
+            for column in range(first, last, lanes):
+                # the last square may cover columns for a second time
+                k = min(column, last - lanes)
+                for top in range(upper, min(rows_to, upper + PANEL), lanes):
+                    source, target = w + size * (top * inputs + k), panels + size * _place(top, k, inputs)
+                    transpose_square(like, source, inputs, min(lanes, rows_to - top), target, PANEL)
+        done = last
     for i in range(rows_from, rows_to):
         row, panel = elements(like, w + size * i * inputs), elements(like, panels + size * _place(i, 0, inputs))
-        for column in range(k, last):
+        for column in range(done, last):
             panel[column * PANEL] = row[column]
     return 0
 
