@@ -161,8 +161,8 @@ def test_columns_are_chosen():
     made = classifier(drop="day", keep=["id"], categorical=["new"]).fit(X, Y).preprocessor_
     assert made.feature_names == ("colour", "size", "new", "id")
     assert made.categories[2] == ("False", "True")
-    for option in ("drop", "keep", "categorical"):
-        with pytest.raises(DataError, match=rf"no columns 'height' to {option}; the columns are 'colour'"):
+    for option, words in (("drop", "drop"), ("keep", "keep"), ("categorical", "take as words")):
+        with pytest.raises(DataError, match=rf"no columns 'height' to {words}; the columns are 'colour'"):
             classifier(**{option: ["height"]}).fit(X, Y)
 
 
