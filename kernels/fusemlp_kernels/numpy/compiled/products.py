@@ -258,7 +258,7 @@ def transpose_square(
 COPIES = X86 and (REGISTER_BYTES < 64 or first_cache() >= 48 << 10)
 # Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
 # b to the last beyond which; numbers between the tiles of a copy of a, for each row.
-HALF, STRIP_ROWS, CACHED, BETWEEN = 40960 if REGISTER_BYTES < 64 else 1 << 17, 4 * TILE_ROWS, 1 << 15, 2
+HALF, STRIP_ROWS, CACHED, BETWEEN = 40960 if REGISTER_BYTES < 64 else 9 << 14, 4 * TILE_ROWS, 1 << 15, 2
 # Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
 CUT = Cut(math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0)
 # The bytes of both copies, in the largest type.
