@@ -31,7 +31,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     kept_for_calls,
 )
 from fusemlp_kernels.numpy.compiled.tables import LINE, PANEL
-from fusemlp_kernels.numpy.compiled.vectors import INDEX, VectorCode, folded, looped, number
+from fusemlp_kernels.numpy.compiled.vectors import INDEX, VectorCode, folded, looped, number, opaque
 from fusemlp_kernels.numpy.plan import Cut
 from fusemlp_kernels.numpy.processor import first_cache
 
@@ -90,6 +90,9 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
                     to.prefetch(builder.add(row_address(builder, c, c_row, i, rows), number(line)))
             starts = across(start) * height
             a_rows = [row_address(builder, a, a_row, i, rows) for i in range(height)]
+            if REGISTER_BYTES == 64:
+                # of eight LLVM would add up some anew for each k, in units that multiply
+                a_rows = [opaque(builder, row) for row in a_rows]
 
             def added(ahead: int, values: list[Any]) -> list[Any]:
                 a_at, b_at, *sums = values

@@ -93,6 +93,12 @@ def looped(builder: Any, end: Any, step: int, values: list[Any], of: Callable[..
     return results[1:]
 
 
+def opaque(builder: Any, value: Any) -> Any:
+    """The same word, of which LLVM does not know the origin: in a loop it keeps a register and is not computed anew."""
+    kind = ir.FunctionType(value.type, [value.type])
+    return builder.call(ir.InlineAsm(kind, "", "=r,0"), [value])
+
+
 def folded(builder: Any, lanes: int, vectors: list[Any]) -> list[Any]:
     """The sums of the elements of each vector, one after the other, in as few vectors as they fill."""
     span = lanes
