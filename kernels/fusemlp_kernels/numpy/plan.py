@@ -23,9 +23,10 @@ PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
 # Rows of a task where threads have tasks enough: weights that are larger than a core's cache are read once for all of
-# them. And how many tasks are enough for each of several threads.
+# them. How many tasks are enough for each of several threads. And the rows of a task where threads have one at least.
 TASK_ROWS = 512
 THREAD_TASKS = 4
+LEAST_ROWS = 64
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times
 # the work of others, and a part of the rows stays for small ones, with which threads end at about the same time.
@@ -36,12 +37,10 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
 class Cut(NamedTuple):
     """The cuts that products want. A tall piece of a weight has a multiple of ``tall`` rows, 0 for none. A phase by
-    pieces has up to ``most_tasks``; a task by rows at least ``least_rows`` where that leaves no thread without one.
-    ``dots``: a layer of few outputs may be dot products."""
+    pieces has up to ``most_tasks``. ``dots``: a layer of few outputs may be dot products."""
 
     tall: int = 0
     most_tasks: int = MOST_TASKS
-    least_rows: int = 0
     dots: bool = True
 
 
@@ -190,11 +189,11 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
     return -(-height // (_tasks(height * cost) * unit)) * unit
 
 
-def together(block: int, blocks: int, threads: int, least_rows: int) -> int:
+def together(block: int, blocks: int, threads: int) -> int:
     """Return how many blocks of rows a task has; the results do not depend on it."""
     enough = THREAD_TASKS * threads if threads > 1 else 1
     few = min(TASK_ROWS // max(1, block), blocks // enough)
-    return max(1, few, min(least_rows // max(1, block), blocks // threads))
+    return max(1, few, min(LEAST_ROWS // max(1, block), blocks // threads))
 
 
 def _tasks(cost: int) -> int:

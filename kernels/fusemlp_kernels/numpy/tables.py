@@ -314,16 +314,15 @@ def _launch(
     for name, start in zip(("calls", "tensors", "phases", "tasks", "pieces"), starts, strict=False):
         words[HEAD[name]] = job + start
     words[TOGETHER] = 1
-    module, real = products
-    least_rows = compiled(module).CUT.least_rows
     block, blocks = words[HEAD["block"]], words[HEAD["blocks"]]
 
     # the default holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, memory, epoch_stats)) -> None:
         words[STEPS], words[STEP], words[AT_PHASE] = steps, 0, -1
         if blocks > 1:
-            words[TOGETHER] = together(block, blocks, threads(), least_rows)
+            words[TOGETHER] = together(block, blocks, threads())
         if not words[PRODUCT]:
+            module, real = products
             functions = compiled(module).by_address(real)
             memory[PRODUCT : PRODUCT + len(functions)] = [function.address for function in functions]
         if steps:

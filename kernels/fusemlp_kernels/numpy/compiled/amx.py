@@ -31,7 +31,7 @@ from fusemlp_kernels.numpy.plan import Cut
 # Rows of a tile, and numbers of a row of a; bytes of a tile; rows and columns of four tiles of c.
 ROWS, DEEP, TILE, BLOCK = 16, 32, 1024, 32
 # Operands are packed anew for each task, and so tasks are larger than those of other products.
-CUT = Cut(tall=64, most_tasks=16, least_rows=64, dots=False)
+CUT = Cut(tall=64, most_tasks=16, dots=False)
 # The memory of a thread: the configuration of eight tiles, the sums of a block, pairs to be transposed, zeros; strips
 # of b, each BLOCK numbers wide, then rows of a.
 SUMS = 64
