@@ -51,7 +51,7 @@ def functions():
 
 def run(a, strides, b, steps, start, shape, alpha=1.0, beta=0.0, before=None):
     """Call the product; what lies beside its operands is NaN, and beside its result stays."""
-    amx, (product, _, _) = functions()
+    amx, (product, _) = functions()
     rows, columns, depth = shape
     room = aligned(amx.ROOM_BYTES)
     room.view(np.float32)[:] = np.nan
@@ -73,7 +73,7 @@ def test_a_product_from_panels_has_the_bits_of_the_description(shape):
     x, w = rng.standard_normal((m, k), np.float32), rng.standard_normal((n, k), np.float32)
     bias = rng.standard_normal(-(-n // PANEL) * PANEL, np.float32)
     panels = aligned(4 * -(-n // PANEL) * PANEL * k + 64).view(np.float32)
-    _, (_, pack, _) = functions()
+    _, (_, pack) = functions()
     # in pieces of rows and columns
     for top, bottom in ((0, n // 2 // 16 * 16), (n // 2 // 16 * 16, n)):
         for first, last in ((0, k // 2 // 32 * 32), (k // 2 // 32 * 32, k)):
@@ -113,7 +113,7 @@ def test_a_nan_reaches_its_row_or_column_alone(depth):
     x, w = np.ones((40, depth), np.float32), np.ones((70, depth), np.float32)
     x[33, depth // 2], w[35, depth // 3] = np.nan, np.inf
     panels = aligned(4 * 96 * depth + 64).view(np.float32)
-    _, (_, pack, _) = functions()
+    _, (_, pack) = functions()
     pack(w.ctypes.data, depth, panels.ctypes.data, 0, 70, 0, depth)
     bias = np.zeros(96, np.float32)
     z = run(x, (depth, 1), panels, (PANEL * depth, PANEL, 1), bias, (40, 70, depth))
@@ -197,11 +197,12 @@ def test_a_program_in_both_precisions_keeps_them_apart():
         ({"_flags": lambda: {*processor.TILES} - {"amx_bf16"}}, "this processor has no amx_bf16"),
         ({"sys.platform": "darwin"}, "this is not Linux"),
         ({"_flags": lambda: {*processor.TILES}, "os.environ": {"FUSEMLP_ISA": "avx2"}}, "FUSEMLP_ISA asks for less"),
+        ({"_flags": lambda: {*processor.TILES}, "os.environ": {"NUMBA_CPU_NAME": "generic"}}, "NUMBA_CPU_NAME or .*"),
     ],
 )
 def test_a_machine_without_tiles_is_refused(changed, reason, monkeypatch):
     for name, value in changed.items():
         monkeypatch.setattr(f"fusemlp_kernels.numpy.processor.{name}", value)
-    monkeypatch.setattr("fusemlp_kernels.numpy.backend.why_no_tiles", processor.why_no_tiles.__wrapped__)
+    monkeypatch.setattr("fusemlp_kernels.numpy.backend.why_no_tiles", processor.lacks_tiles.__wrapped__)
     with pytest.raises(BackendUnavailableError, match=f"^precision: 'bf16' .*: {reason}; use precision='fp32'$"):
         fusemlp_kernels.backend("numpy", None, "bf16")

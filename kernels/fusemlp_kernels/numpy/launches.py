@@ -36,7 +36,7 @@ from fusemlp_kernels import philox
 from fusemlp_kernels.contract import ACTIVATIONS, DISTRIBUTIONS, LOSSES
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.numpy.compiled.tables import LINE
-from fusemlp_kernels.numpy.processor import why_no_tiles
+from fusemlp_kernels.numpy.processor import lacks_tiles
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, radix, seed_key
 from fusemlp_kernels.pointwise import OPTIMIZERS
 
@@ -55,7 +55,7 @@ def aligned(size: int, alignment: int = LINE) -> Array:
 
 def _room(threads: int = 1) -> tuple[Array, int]:
     """Return memory of threads for copies of operands, and its address; 0 where nothing is copied."""
-    room = aligned(compiled("products" if why_no_tiles() else "amx").ROOM_BYTES * threads)
+    room = aligned(compiled("products" if lacks_tiles() else "amx").ROOM_BYTES * threads)
     return room, room.ctypes.data if room.size else 0
 
 

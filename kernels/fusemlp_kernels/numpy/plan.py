@@ -93,7 +93,6 @@ def plan(
 
     A block has as many rows of each of ``members``.
 
-
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
     cut as if it were alone.

@@ -31,15 +31,27 @@ def _flags() -> set[str]:
 
 
 @functools.cache
-def why_no_tiles() -> str | None:
-    """Return why products in tiles do not run here; None if they do, and the process may use them from now on."""
+def lacks_tiles() -> str | None:
+    """Return why the processor has no products in tiles; None if it has."""
     if not sys.platform.startswith("linux"):
         return "this is not Linux"
-    missing = [name for name in TILES if name not in _flags()]
+    flags = _flags()
+    missing = [name for name in TILES if name not in flags]
     if missing:
         return f"this processor has no {missing[0]}"
     if os.environ.get("FUSEMLP_ISA", "avx512") not in ("", "avx512"):
         return "FUSEMLP_ISA asks for less"
-    if ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) != 0:
-        return f"Linux refuses the memory of the tiles ({os.strerror(ctypes.get_errno())})"
+    if os.environ.get("NUMBA_CPU_NAME") or os.environ.get("NUMBA_CPU_FEATURES"):
+        return "NUMBA_CPU_NAME or NUMBA_CPU_FEATURES chooses another processor"
     return None
+
+
+@functools.cache
+def why_no_tiles() -> str | None:
+    """Return why products in tiles do not run here; None if they do, and the process may use them from now on."""
+    reason = lacks_tiles()
+    # from then on Linux refuses small signal stacks: processes without such products do not ask
+    if reason is None and ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) != 0:
+        error = os.strerror(ctypes.get_errno())
+        return f"Linux refuses the memory of the tiles ({error}); a thread may have a small signal stack"
+    return reason

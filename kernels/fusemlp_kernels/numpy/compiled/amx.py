@@ -330,9 +330,9 @@ def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first:
 
 
 @functools.cache
-def by_address(real: Any) -> tuple[Any, Any, Any]:
-    """See ``products.by_address``; dot products are those of ``products``."""
+def by_address(real: Any) -> tuple[Any, Any]:
+    """See ``products.by_address``; there are no dot products."""
     llvmlite.binding.initialize_native_asmparser()
     kinds = [float64 if at in (9, 10) else intp for at in range(_product.__code__.co_argcount)]
     product = kept_for_calls(lambda: _product, "_product", "bf16", kinds)
-    return product, kept_for_calls(lambda: _pack, "_pack", "bf16", [intp] * 7), products.by_address(real)[2]
+    return product, kept_for_calls(lambda: _pack, "_pack", "bf16", [intp] * 7)
