@@ -25,7 +25,7 @@ from fusemlp.datasets.tables import ARROW, TABLES, excel, is_table
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned, counted, listed
-from fusemlp.engine import Engine, load, load_checkpoint
+from fusemlp.engine import Engine, load
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics
@@ -56,7 +56,8 @@ OUTPUTS = (*SUFFIXES, ".npz")
 def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)
-    engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
+    path = weights_path(run, options.weights)
+    engine = load(path, backend=options.backend, device=options.device, precision=options.precision)
     preprocessor = Preprocessor.from_config(config["preprocessor"])
     if preprocessor.one_hot_targets and engine.loss.is_classification:
         raise CheckpointError(f"{run.config}: one_hot_targets: expected False with {engine.loss.kind}, got True")

@@ -222,6 +222,9 @@ class UseOptions(RunOptions):
 
     backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=recipe.BACKENDS)
     device: str | None = _machine(None, "Which card, such as cuda:1.")
+    precision: str | None = _machine(
+        None, "{}; that of the training unless given, for a machine that lacks it.", values=recipe.PRECISIONS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
