@@ -40,7 +40,7 @@ from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, form_of, read, with_target, with_validation
 from fusemlp.tables import transfer
-from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TableRecipe, name_of
+from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TABM, TableRecipe, name_of
 from fusemlp.tables.training import Listeners, Trained, report_of, train_table
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, unknown_name
@@ -61,7 +61,7 @@ _HELP = {
     "For inputs that are numbers. Trains one model.",
     "hidden": "Widths of the hidden layers; () for none.",
     "early_stopping": "Stop after this many epochs without a better metric of the held-out rows, and restore the best "
-    "weights; None holds out no rows.",
+    f"weights; None holds out no rows. {PATIENCE}, the default, is {TABM['early_stopping']} with the preset tabm.",
     "epochs": "Passes over the training rows at most.",
     "test_fraction": "The share of the rows that judge the model at the end, in report_; 0 for none.",
     "validation_fraction": "The share of the rows that early stopping holds out, unless fit gets X_val and y_val. "
@@ -152,7 +152,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             raise
         if trained.interrupted:
             warnings.warn("Training interrupted by user.", stacklevel=2)
-        self.report_ = report_of(trained, early_stopping=bool(self.early_stopping))[0] if self.test_fraction else {}
+        stops = bool(trained.prepared.recipe.early_stopping)
+        self.report_ = report_of(trained, early_stopping=stops)[0] if self.test_fraction else {}
         prepared, temperature = trained.prepared, trained.temperature
         self.engine_ = trained.engine if trained.final is None else trained.final[0]
         self.preprocessor_, self.notes_ = prepared.preprocessor, prepared.notes

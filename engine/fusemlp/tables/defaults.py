@@ -102,11 +102,11 @@ def with_batch(recipe: Recipe, rows: int) -> Recipe:
     return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
 
 
-def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, int, list[str]]:
+def with_preset(recipe: Recipe, rows: int, *, classify: bool, validates: bool = True) -> tuple[Recipe, int, list[str]]:
     """Return the recipe with the fields of its preset, the number of members, and a note on the choice.
 
-    ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes. No
-    preset stands for auto, but for a training of the caller's own design.
+    ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes;
+    ``validates``: rows are held out. No preset stands for auto, but for a training of the caller's own design.
     """
     given, obstacles = given_options(recipe).keys(), _obstacles_to_tabm(recipe)
     name = "auto" if recipe.preset is None else check_choice("preset", recipe.preset, recipes.PRESETS)
@@ -134,9 +134,9 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, i
     size = 1 << (rows // recipes.LEAST_STEPS).bit_length() >> 1
     size = max(recipes.BATCH, min(recipes.TABM["batch_size"], size))
     changes = {name: value for name, value in {**recipes.TABM, "batch_size": size}.items() if name not in given}
-    if "optimizer" in given:
-        # rate and average belong to their optimizer
-        changes = {name: value for name, value in changes.items() if name not in ("lr", "ema")}
+    # rate and average belong to their optimizer
+    left = {*(("lr", "ema") if "optimizer" in given else ()), *(() if validates else ("early_stopping",))}
+    changes = {name: value for name, value in changes.items() if name not in left}
     words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
     note += f"; in place of defaults it has {words}" if words else ""
     return replace(recipe, preset="tabm", models=1, **changes), recipes.MEMBERS, [note]

@@ -238,7 +238,7 @@ def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimize
         usual: Any = described()
         betas = zip((recipe.beta1, recipe.beta2), usual.betas, strict=True)
         arguments["betas"] = tuple(default if beta is None else beta for beta, default in betas)
-    arguments |= {name: getattr(recipe, name) for name in names}
+    arguments |= {name: value for name in names if (value := getattr(recipe, name)) is not None}
     return _made("optimizer", described, rate, **arguments)
 
 

@@ -281,12 +281,13 @@ def prepare(
         )
     # small trainings decide for the plain recipe
     plain, members, notes = recipe, 1, list[str]()
+    validates = dataset.validation is not None or recipe.validation_fraction > 0
     rows_of_table = len(training) if dataset.roles else 0
     if like is None:
-        recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify)
+        recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify, validates=validates)
         plain, recipe = (defaults.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (defaults.with_batch(part, rows_of_table) for part in (plain, recipe))
-    recipe = defaults.with_patience(recipe, validates=dataset.validation is not None or recipe.validation_fraction > 0)
+    recipe = defaults.with_patience(recipe, validates=validates)
     for name, values in zip(dataset.targets, dataset.y.reshape(len(dataset.y), -1).T, strict=True):
         known = values[values == values]  # without gaps
         if len(known) and (known == known[0]).all():

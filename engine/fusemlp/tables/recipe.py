@@ -141,9 +141,9 @@ TABM: dict[str, Any] = {
     "activation": "silu",
     "optimizer": "adamw",
     "lr": 2e-3,
-    "batch_size": 256,
     "ema": 0.99,
     "early_stopping": 10,
+    "batch_size": 256,
 }
 # Of these, fields that "auto" leaves to the caller.
 PACE = frozenset({"ema", "early_stopping"})
@@ -270,9 +270,10 @@ class ModelRecipe(StepRecipe):
     beta2: float | None = _optimizer(None, f"For adam and adamw: average of their squares ({Adam.betas[1]:g}).")
     eps: float | None = _optimizer(None, f"For adam and adamw: epsilon ({Adam.eps:g}).")
     clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
-    ema: float = _optimizer(
-        0.0,
-        "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none.",
+    ema: float | None = _optimizer(
+        None,
+        "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none, "
+        "the default but for preset tabm.",
     )
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
