@@ -85,7 +85,7 @@ def test_nets_of_a_fleet_of_other_widths():
     ]
     fleet = Fleet(WAVES, vary={"hidden": [(7,)]}, **MACHINE)
     assert fleet.engines[0].network.encoding == WAVES.encoding
-    with pytest.raises(ArgumentError, match="hidden: expected a network without residual blocks"):
+    with pytest.raises(ArgumentError, match=r"hidden: \(4,\) cannot replace the widths of residual blocks; vary"):
         Fleet(MLP(SIZES), vary={"hidden": [(4,), (6, 6)]}, **MACHINE)
 
 

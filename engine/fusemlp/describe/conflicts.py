@@ -59,7 +59,7 @@ CONFLICTS = {
         }.items()
     },
     ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",
-    ("residual", "hidden"): "hidden: expected a network without residual blocks, got {hidden!r}; vary other parameters",
+    ("residual", "hidden"): "hidden: {hidden!r} cannot replace the widths of residual blocks; vary other parameters",
     ("prelu", "models"): "models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model",
     # the fallback on a card has the core alone
     ("members", "cupy"): f"members: {_CORE} members that share weights{_OTHERS}",
