@@ -74,6 +74,15 @@ def test_betas_that_cycle_enter_no_table_of_calls_again(make_optimizer, cycled, 
         pair.steps(10)
 
 
+def test_a_table_of_rates_is_short_only_after_changes_in_a_row():
+    pair, rows = Pair(make_optimizer=adam), []
+    for steps, beta in ((2, 0.9), (12, 0.8), (2, 0.7), (2, 0.6), (12, 0.5), (1, 0.4)):
+        pair.both(lambda _, optimizer, beta=beta: optimizer.param_groups[0].update(betas=(beta, 0.999)))
+        pair.steps(steps)
+        rows.append(len(pair.step._sets[0].table.rates))
+    assert rows == [1025, 1025, 1025, 9, 9, 1025]
+
+
 def test_a_rate_held_in_a_tensor_is_followed():
     pair = Pair()
     pair.both(lambda _, optimizer: optimizer.param_groups[0].update(lr=torch.tensor(0.1, dtype=torch.float64)))

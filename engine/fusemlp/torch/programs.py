@@ -180,7 +180,7 @@ class Clocks:
         self._backend = memory.backend
         self._corrected = corrected
         self._arrays = [(memory.hyper, memory.rates, memory.counters)]
-        self._tables: dict[int, tuple[UpdateRule, RateTable]] = {}
+        self._tables: dict[int, tuple[RateTable, int]] = {}
 
     def started(self, index: int, rule: UpdateRule, rate: float, count: int) -> RateTable:
         """Return the table of set ``index`` under ``rule``, from update ``count`` on at a learning rate."""
@@ -188,13 +188,14 @@ class Clocks:
             allocate, rows = self._backend.allocate, len(self._arrays[0][1])
             rates = allocate(rows * contract.RATE_COLUMNS, "float64").reshape(rows, contract.RATE_COLUMNS)
             self._arrays.append((allocate(contract.HYPER, "float64"), rates, allocate(contract.COUNTERS, "int64")))
-        if index not in self._tables or self._tables[index][0] != rule:
-            counted = rule if self._corrected else replace(rule, kind="sgd")
+        rule = rule if self._corrected else replace(rule, kind="sgd")
+        entry = self._tables.get(index)
+        if entry is None or entry[0].rule != rule:
             hyper, rates, counters = self._arrays[index]
-            # a rule that changes at each step has no use for rows of later steps
-            rates = rates[:9] if index in self._tables else rates
-            self._tables[index] = rule, RateTable(self._backend, counted, hyper, rates, counters)
-        table = self._tables[index][1]
+            # a rule that changes twice within 9 updates has no use for rows of later steps; the first is no change
+            rates = rates[:9] if entry and abs(count - entry[1]) < 9 else rates
+            self._tables[index] = entry = RateTable(self._backend, rule, hyper, rates, counters), count if entry else -9
+        table = entry[0]
         table.counters[contract.UPDATE_COUNT] = count
         table.follow(UNIT_RATE, rate, count=count)
         return table
@@ -207,7 +208,7 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout, mem
     """
     last, arrays = bound.program.calls[-1], bound.arrays
     runs: list[Run] = []
-    for update_set in sets:
+    for place, update_set in enumerate(sets):
         if last.op == "update":
             operands = {
                 "params": arrays["params"],
@@ -230,9 +231,8 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout, mem
             "rule": update_set.rule,
         }
         if bound.backend.traits.on_host:
-            rule, place = update_set.rule, len(runs)
-            same = [value for name, value in vars(rule).items() if name not in HYPERPARAMETERS]
-            kind = rule.name, same, update_set.rules
+            same = [value for name, value in vars(update_set.rule).items() if name not in HYPERPARAMETERS]
+            kind = update_set.rule.name, same, update_set.rules
             if place not in memos or memos[place][0] != kind:
                 memos[place] = kind, {}
             clock |= {"arrays": arrays, "memo": memos[place][1]}
