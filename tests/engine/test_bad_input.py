@@ -266,7 +266,7 @@ TABLE = [
     (built(backend=["numpy"]), ArgumentTypeError, r"^backend: .*got \['numpy'\]"),
     (built(precision="fp23"), ArgumentError, r"^precision: .*'fp23'; did you mean 'fp32'\?"),
     (built(precision=np.float32), ArgumentTypeError, r"^precision: .*float32"),
-    (built(backend="numpy", precision="fp16"), BackendUnavailableError, r"^precision: .*fp32 and fp64, got 'fp16'"),
+    (built(backend="numpy", precision="fp16"), BackendUnavailableError, r"^precision: .*fp32, bf16, fp64, got 'fp16'"),
     (built(plan="eagr"), ArgumentError, r"^plan: .*'eagr'; did you mean 'eager'\?"),
     (built(plan=1), ArgumentTypeError, r"^plan: .*got 1"),
     (built(backend="numpy", plan="graph"), BackendUnavailableError, r"^plan: .*eager.*, got 'graph'; use plan='auto'"),

@@ -195,7 +195,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calls import RULES, Clock
-from devices import VARIANT_PARAMETERS
+from devices import TILES, VARIANT_PARAMETERS
 from fleet_cases import Fleet, Model, Shape
 from memory import Values
 from tolerance import assert_updated
@@ -215,8 +215,8 @@ def test_updates_by_rmsprop(variant):
         assert_updated(params, (square,), rule, tensor, given, 0, clock.rate, u=variant.unit)
 
 
-# numba's loop and Triton's resident kernel
-WHOLE_STEPS = [p for p in VARIANT_PARAMETERS if p.values[0].device.backend != "cupy"]
+# numba's loop and Triton's resident kernel; tiles round what one call leaves to the next, and the oracle does not
+WHOLE_STEPS = [p for p in VARIANT_PARAMETERS if p.values[0].device.backend != "cupy" and p.values[0].device != TILES]
 
 
 @pytest.mark.parametrize("variant", WHOLE_STEPS)
