@@ -86,7 +86,7 @@ def test_examples_of_train_are_commands(shown):
 def test_an_entry_shows_value_default_and_whether_it_is_required(shown):
     text = "\n".join(shown("predict", "--help", width=120))
     assert re.search(r"^  --data FILE .*\n.*\[required\]|^  --data FILE .*\[required\]", text, re.MULTILINE)
-    assert re.search(r"^  --backend NAME .*\[default: auto\]", text, re.MULTILINE)
+    assert re.search(r"^  --backend NAME .*\[default:\s+auto\]", text, re.MULTILINE)
     assert re.search(r"^  --header / --no-header .*\n?.*\[default: --header\]", text, re.MULTILINE)
 
 

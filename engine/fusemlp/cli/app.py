@@ -125,7 +125,7 @@ HELP_ALL = "--help-all"
 
 
 # A command with more options than this shows those of its own that are common, each in a sentence.
-MOST = 20
+MOST = 21
 COMMON = {
     *("vary", "sample", "seeds", "jobs", "target", "id", "drop", "hidden", "preset", "loss", "optimizer", "lr"),
     *("epochs", "early_stopping", "models", "time_limit", "seed", "start", "end", "steps", "plot"),
