@@ -73,7 +73,7 @@ def test_copied_operands_give_the_same_bits(turned, m, n, k, dtype):
     assert np.array_equal(*found)
     assert np.isnan(room[2 * products.HALF :]).all()
     fits = k * products.TILE_VECTORS * products.REGISTER_BYTES // dtype().itemsize <= products.HALF
-    assert np.isnan(room).all() != fits
+    assert np.isnan(room).all() != (products.COPIES and fits)
     exact = 0.5 * (a.astype(np.longdouble) @ b[:, :n]) + 0.75
     terms = 0.5 * np.abs(a).astype(np.longdouble) @ np.abs(b[:, :n]) + 0.75
     assert (np.abs(found[0] - exact) <= bound(terms, k + 2, dtype)).all()
