@@ -172,8 +172,8 @@ def store_row(typingctx: Any, like: Any, sums: Any, start: Any, alpha: Any, beta
             mask = to.mask(builder.sub(columns, number(first)))
             of_start, of_sums, of_c = (builder.add(address, number(4 * first)) for address in (start, sums, c))
             total = builder.fadd(to.load(of_start, mask), to.load(of_sums, mask))
-            held = builder.select(forgets, nothing, builder.fmul(betas, to.load(of_c, mask)))
-            to.store(to.sum_of_product(alphas, total, held), of_c, mask)
+            addend = builder.select(forgets, nothing, builder.fmul(betas, to.load(of_c, mask)))
+            to.store(to.sum_of_product(alphas, total, addend), of_c, mask)
         return context.get_dummy_value()
 
     words = types.intp, types.intp, like.dtype, like.dtype, types.intp, types.intp
