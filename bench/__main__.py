@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, QUICK, Case
+from bench.cases import CASES, QUICK, Case, parsed
 from bench.hardware import card
 from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
 from bench.options import COMMANDS, ENDED, LAST, parser
@@ -108,7 +108,7 @@ def planned(options: Any) -> Plan:
     elif device == "gpu" and card() is None:
         raise ValueError("--device gpu: no card was found (nvidia-smi, /dev/kfd)")
     names = options.cases or (QUICK if options.quick else list(CASES))
-    cases = [replace(CASES[name], device=device) for name in dict.fromkeys(names)]
+    cases = [replace(CASES.get(name) or parsed(name), device=device) for name in dict.fromkeys(names)]
     if device == "cpu":
         for case in cases:
             if case.gpu_only and options.cases:

@@ -2,15 +2,19 @@
 
 All cases have a constant learning rate. Features come from a standard normal distribution, labels and values from a
 random linear teacher. ``784-128-10@128`` means batch 128, relu, cross-entropy on logits, plain SGD and fp32. Suffixes
-change one of these: ``:adam``, ``:tanh``, ``:mse``, ``:dropout``, ``:bf16``, ``:x64`` (64 models at once).
+change one of these: ``:adam``, ``:tanh``, ``:mse``, ``:dropout``, ``:bf16``, ``:x64`` (64 models at once). Every
+network has such a name, not only those of ``CASES``.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from fusemlp_kernels.errors import unknown_name
 
 Array = np.ndarray[Any, Any]
 Parameters = list[tuple[Array, Array]]
@@ -113,7 +117,46 @@ def _fleets() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in (*_single(), *_fleets())}
+# The operations of a turn where only the name says what a case is.
+TURN = 5e10
+_SUFFIXES: dict[str, dict[str, Any]] = {
+    "adam": {"optimizer": "adam", "learning_rate": 1e-3},
+    "dropout": {"dropout": 0.1},
+    "mse": {"loss": "mse"},
+    "tanh": {"activation": "tanh"},
+    "tf32": {"precision": "tf32", "gpu_only": True},
+    "bf16": {"precision": "bf16", "gpu_only": True},
+}
+_NAME = re.compile(rf"([1-9]\d*(?:-[1-9]\d*)+)@([1-9]\d*)((?::(?:{'|'.join(_SUFFIXES)}|x[1-9]\d*))*)")
+
+
+def parsed(name: str) -> Case:
+    """Return the case of a name such as 300-200-10@64:adam. Raises ValueError with the nearest name for other text."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{unknown_name('case', name, CASES)}, or another as widths@batch, with suffixes as in :adam:x8"
+        )
+    changes: dict[str, Any] = {}
+    for suffix in match[3].split(":")[1:]:
+        changes |= _SUFFIXES.get(suffix) or {"models": int(suffix.removeprefix("x"))}
+    case = Case(tuple(map(int, match[1].split("-"))), int(match[2]), steps=1, **changes)
+    passes = TURN / (case.flops * (case.models or 1))
+    steps = min(max(round(passes / 10), 4), 600)
+    return replace(case, steps=steps, epochs=min(max(round(passes / steps), 1), 60))
+
+
+def _drawn(count: int = 6) -> list[Case]:
+    """Return networks drawn at random once: two or three hidden layers of 100 to 1,500, batches of 64 to 1,024."""
+    generator = np.random.default_rng(36)
+    names = []
+    for suffix in ("", ":adam") * (count // 2):
+        widths = generator.integers(100, 1501, size=generator.integers(3, 5))
+        names.append(f"{'-'.join(map(str, widths))}-10@{generator.integers(64, 1025)}{suffix}")
+    return [parsed(name) for name in names]
+
+
+CASES = {case.name: case for case in (*_single(), *_drawn(), *_fleets())}
 QUICK = ("64-32-10@32:adam", "784-10-10@32", "784-128-10@128", "17-64-64-6@64:tanh:adam", "64-32-10@32:adam:x8")
 
 

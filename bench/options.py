@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from bench.cases import CASES, QUICK
+from bench.cases import CASES, QUICK, parsed
 from bench.peers import PEERS
 from bench.processor import SETTINGS
 from bench.study import count
@@ -61,9 +62,10 @@ def parser() -> argparse.ArgumentParser:
         "--cases",
         dest="cases",
         action="extend",
-        type=names("case", CASES),
+        type=names("case", CASES, parsed),
         metavar="NAME",
-        help="networks by name, with commas or with --case again (default: all; see --list)",
+        help="networks by name, with commas or with --case again (default: all; see --list); also any other, such as "
+        "300-200-10@64:adam",
     )
     made.add_argument(
         "--peer",
@@ -107,15 +109,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def names(what: str, known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return an ``argparse`` type for comma-separated names; the error for an unknown one suggests the nearest."""
+def names(what: str, known: Iterable[str], parse: Callable[[str], Any] | None = None) -> Callable[[str], list[str]]:
+    """Return an ``argparse`` type for comma-separated names; the error for an unknown one suggests the nearest.
+
+    ``parse`` raises ValueError unless a text that is not ``known`` is a name all the same.
+    """
     valid = list(known)
 
     def chosen(text: str) -> list[str]:
         given = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         for name in given:
             if name not in valid:
-                raise argparse.ArgumentTypeError(str(unknown_name(what, name, valid)))
+                try:
+                    if parse is None:
+                        raise unknown_name(what, name, valid)
+                    parse(name)
+                except ValueError as error:
+                    raise argparse.ArgumentTypeError(str(error)) from error
         if not given:
             raise argparse.ArgumentTypeError(f"{what}: expected a name, got {text!r}")
         return given

@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import hardware
-from bench.cases import Case
+from bench.cases import Case, parsed
 from bench.report import RESULTS, Record, write
 
 if TYPE_CHECKING:
@@ -55,11 +56,13 @@ def count(text: str) -> int:
 
 def network(text: str) -> Case:
     """Parse a case written as widths@batch, such as 784-128-10@64; it has two steps an epoch."""
-    widths, _, batch = text.partition("@")
-    sizes = tuple(int(width) for width in widths.split("-") if width.isdecimal() and int(width))
-    if len(sizes) < 2 or len(sizes) != widths.count("-") + 1 or not batch.isdecimal() or not int(batch):
-        raise argparse.ArgumentTypeError(f"expected widths@batch such as 784-128-10@64, got {text!r}")
-    return Case(sizes, batch_size=int(batch), steps=2, epochs=1)
+    try:
+        case = parsed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if ":" in text:
+        raise argparse.ArgumentTypeError(f"expected widths@batch without suffixes, got {text!r}")
+    return replace(case, steps=2, epochs=1)
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """The benchmark compares equal work and reports all circumstances. Nothing here asserts a speed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -44,6 +45,9 @@ def test_a_name_says_what_a_case_is():
     assert cases.Case((30, 64, 1), 256, steps=1, loss="mse", optimizer="adam").name == "30-64-1@256:mse:adam"
     assert len({case.name for case in cases.CASES.values()}) == len(cases.CASES)
     assert set(cases.QUICK) <= cases.CASES.keys()
+    for case in (TINY, FLEET, *cases.CASES.values()):
+        same = {"steps": case.steps, "epochs": case.epochs, "learning_rate": case.learning_rate}
+        assert dataclasses.replace(cases.parsed(case.name), **same, gpu_only=case.gpu_only) == case
 
 
 def test_every_contender_suits_a_case_and_every_case_a_contender():
@@ -256,7 +260,8 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--peer", "engine,torch_eagre"], "did you mean 'torch_eager'?"),
-        (["--case", "784-10-10@33"], "did you mean '784-10-10@32'?"),
+        (["--case", "784-10-10@32:adm"], "did you mean '784-10-10@32:adam'?"),
+        (["--case", "784-0-10@32"], "or another as widths@batch"),
         (["comprae", "a", "b"], "did you mean 'compare'?"),
         (["scale", "--ranks", "2"], "scale: this study has ended; bench/README.md has its figures"),
         (["--repeats", "0"], "a whole number of at least 1, got '0'"),
