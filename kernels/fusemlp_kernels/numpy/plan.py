@@ -22,11 +22,9 @@ MOST_TASKS = 64
 PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
-# Rows of a task where threads have tasks enough: weights that are larger than a core's cache are read once for all of
-# them. How many tasks are enough for each of several threads. And the rows of a task where threads have one at least.
-TASK_ROWS = 512
-THREAD_TASKS = 4
-LEAST_ROWS = 64
+# Up to this many rows in a task where each thread has this many tasks at least: weights that are larger than a core's
+# cache are read once for all rows of a task, but a thread that another process holds up keeps the others waiting.
+TASK_ROWS, ALONE = {1: 64, 2: 256, 4: 512}, {1: 512}
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times
 # the work of others, and a part of the rows stays for small ones, with which threads end at about the same time.
@@ -188,11 +186,13 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
     return -(-height // (_tasks(height * cost) * unit)) * unit
 
 
-def together(block: int, blocks: int, threads: int) -> int:
-    """Return how many blocks of rows a task has; the results do not depend on it."""
-    enough = THREAD_TASKS * threads if threads > 1 else 1
-    few = min(TASK_ROWS // max(1, block), blocks // enough)
-    return max(1, few, min(LEAST_ROWS // max(1, block), blocks // threads))
+def row_tasks(block: int, blocks: int, threads: int) -> int:
+    """Return the number of tasks for blocks of rows; the results do not depend on it."""
+    kinds = (TASK_ROWS if threads > 1 else ALONE).items()
+    most = max(min(rows // max(1, block), blocks // (tasks * threads)) for tasks, rows in kinds)
+    count = -(-blocks // max(1, most))
+    # as many for each thread
+    return count if count < threads else count - count % threads
 
 
 def _tasks(cost: int) -> int:

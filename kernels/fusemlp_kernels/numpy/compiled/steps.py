@@ -244,7 +244,7 @@ def _open(head: Any, like: Any) -> int:
                 return 0
             continue
         head.phase = at
-        return -(-phase.tasks // head.together) if phase.cut == t.BY_ROWS else phase.tasks
+        return head.row_tasks if phase.cut == t.BY_ROWS else phase.tasks
 
 
 def work(job: int, task: int, room: int) -> int:
@@ -259,7 +259,8 @@ def work(job: int, task: int, room: int) -> int:
     counters = elements(np.int64, head.counters)
     phase = phase_at(head.phases, head.phase)
     if phase.cut == t.BY_ROWS:
-        first, end = task * head.together, min((task + 1) * head.together, head.blocks)
+        # of about as many blocks each
+        first, end = task * head.blocks // head.row_tasks, (task + 1) * head.blocks // head.row_tasks
         rows = head.block * first
         for at in range(phase.first, phase.end):
             call = call_at(head.calls, at)
