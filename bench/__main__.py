@@ -17,7 +17,7 @@ from bench.hardware import card
 from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
 from bench.options import COMMANDS, ENDED, LAST, parser
 from bench.peers import PEERS, absent, is_own, unsuited
-from bench.processor import SETTINGS
+from bench.processor import limited
 from bench.report import (
     absences,
     beside,
@@ -160,7 +160,7 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
         say(f"{', '.join(sorted(unset))}: unset for this run, to measure the default BLAS")
     lines: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
-    with started(plan.peers, plan.cases, SETTINGS.get(plan.isa or "", {})) as workers:
+    with limited(plan.isa) as settings, started(plan.peers, plan.cases, settings) as workers:
         for number, case in enumerate(plan.cases):
             if time.monotonic() >= deadline:
                 say(f"the time is over: {number} of {len(plan.cases)} cases are measured; --resume continues")

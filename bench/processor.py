@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-# For each instruction set the variables by which libraries leave out wider ones. Compiled code of a library that reads
-# none of them, such as scikit-learn's own, is not limited.
+# For each instruction set the variables by which libraries leave out wider ones. Code that reads none of them is not
+# limited: scikit-learn's own, and the products of JAX, whose YNNPACK asks the processor.
 SETTINGS: dict[str, dict[str, str]] = {
     "avx2": {
         "FUSEMLP_ISA": "avx2",
@@ -28,11 +35,31 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 SECONDS = 0.3
+SOURCE, LIBRARY = Path(__file__).with_name("cpuid.c"), "cpuid.so"
+
+
+@contextmanager
+def limited(isa: str | None) -> Iterator[dict[str, str]]:
+    """Yield the variables of a process that uses no wider instructions than ``isa``, {} for None.
+
+    What is wider than AVX2 Linux hides from every library, where the processor lets CPUID fault and there is a compiler
+    (see cpuid.c). Else a library is limited by its own variables, if it reads any.
+    """
+    settings, information = SETTINGS.get(isa or "", {}), Path("/proc/cpuinfo")
+    compiler = shutil.which("cc") if isa == "avx2" and information.is_file() else None
+    if compiler is None or " cpuid_fault " not in information.read_text():
+        yield settings
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, LIBRARY)
+        done = subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, SOURCE], check=False)
+        yield settings if done.returncode else {**settings, "LD_PRELOAD": str(library)}
 
 
 def instruction_sets() -> dict[str, str]:
-    """Return the instruction set that each library of this process says it uses; XLA says nothing."""
-    used = {}
+    """Return the instruction set that each library of this process says it uses; XLA says nothing. Of CPUID the one
+    that ``limited`` leaves."""
+    used = {"CPUID": "avx2"} if Path(os.environ.get("LD_PRELOAD", "")).name == LIBRARY else {}
     if "torch" in sys.modules:
         used["PyTorch"] = str(sys.modules["torch"].backends.cpu.get_cpu_capability())
     compiler = sys.modules.get("fusemlp_kernels.numpy.compiled.compiler")

@@ -291,12 +291,15 @@ def _peak(line: Record) -> list[str]:
         return []
     text = f"Percentages are of {line['peak']:.0f} GFLOP/s: a loop of multiply-adds in as many threads."
     if line.get("isa"):
+        text += f" Limited to {line['isa']}; "
         confirmed = [f"{name} {isa}" for sets in line["instruction_sets"].values() for name, isa in sets.items()]
+        if any("CPUID" in sets for sets in line["instruction_sets"].values()):
+            return [f"{text}CPUID hides what is wider from every contender."]
         blas = {
             pool["architecture"] for pools in line["thread_pools"].values() for pool in pools if pool["architecture"]
         }
         named = [*dict.fromkeys(confirmed), *(f"OpenBLAS {name}" for name in sorted(blas))]
-        text += f" Limited to {line['isa']}; verified by the library's own word for: {', '.join(named)}."
+        text += f"verified by the library's own word for: {', '.join(named)}."
     return [text]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 
-from bench import busy, cases, measure, peers, report, worker
+from bench import busy, cases, measure, peers, processor, report, worker
 from bench.__main__ import main
 from fusemlp_kernels.numpy.compiled.compiler import X86
 
@@ -190,6 +191,24 @@ def test_a_narrower_instruction_set_and_the_share_of_its_peak(tmp_path, monkeypa
     assert run_of(tmp_path)[0] == 2
     message = capsys.readouterr().err
     assert "measured with nothing beside, limited to sse, and these are measured with nothing beside; name" in message
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or " cpuid_fault " not in Path("/proc/cpuinfo").read_text() or shutil.which("cc") is None,
+    reason="this processor cannot hide instructions, or there is no C compiler",
+)
+def test_wider_instructions_are_hidden_from_every_library(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
+    code, _, lines = run_of(tmp_path, "--isa", "avx2")
+    assert code == 0
+    assert lines[0]["instruction_sets"]["engine"] == {"CPUID": "avx2", "fusemlp": "avx2"}
+    assert "CPUID hides what is wider from every contender." in capsys.readouterr().out
+    program = (
+        "from llvmlite import binding; print(sum(binding.get_host_cpu_features()[n] for n in ('avx2', 'avx512f')))"
+    )
+    with processor.limited("avx2") as settings:
+        asked = subprocess.run([sys.executable, "-c", program], env={**os.environ, **settings}, stdout=PIPE, check=True)
+    assert asked.stdout == b"1\n"
 
 
 def alive(process):
