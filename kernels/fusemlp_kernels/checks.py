@@ -15,8 +15,11 @@ from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
 # The function that binds each op of a backend.
 Binders = Mapping[str, Callable[..., Callable[..., object]]]
 
-# Ops that a backend ("": each) does not bind, and why.
+# The ops of plain training, all that the fallback has.
+CORE = ("linear", "loss_grad", "linear_loss_grad", "grad_input", "grad_weight", "update", "advance")
+# Ops that a backend ("": each) does not bind, and why; the last row about one decides.
 REFUSED = {
+    **{("cupy", op): "it has the calls of plain training alone; use triton or numpy" for op in OPS if op not in CORE},
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
@@ -26,11 +29,6 @@ REFUSED = {
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
     ("cupy", "grad_weight_update"): "its updates follow grad_weight, by update",
-    **{
-        ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
-        for op in OPS
-        if op.endswith("_members") or op in ("clip_examples", "perturb", "normalise", "grad_normalise", "add", "encode")
-    },
 }
 
 

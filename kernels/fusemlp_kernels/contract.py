@@ -46,7 +46,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusemlp_kernels import pointwise
+from fusemlp_kernels import philox, pointwise
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
@@ -55,8 +55,6 @@ NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.n
 LOSSES = pointwise.LOSS_NAMES
 # Losses of several outputs a target, on NumPy alone; their codes follow those of ``LOSSES``.
 DISTRIBUTIONS = pointwise.DISTRIBUTION_NAMES
-# The kinds of ``Norm``.
-NORMS = ("layer", "rms")
 # The kind of a loss that the op own_loss calls.
 OWN = "own"
 
@@ -90,14 +88,16 @@ class Dropout:
     layer: int
     seed: int
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What the kernels of cards are told: where the random words are, the least of those that keep, the factor."""
+        (key0, key1), least, share = philox.seed_key(self.seed), philox.threshold(self.rate), 1.0 - self.rate
+        # a rate that rounds to one drops everything
+        factors = {"keep_scale": 0.0 if least == 1 << 16 else 1.0 / share, "kept_share": share}
+        return {"layer": self.layer, "key0": key0, "key1": key1, "threshold": least, **factors}
 
-@dataclass(frozen=True)
-class Norm:
-    """The normalisation of a row x of N values: ``layer``: (x - mean) / sqrt(variance + eps) (Ba et al., 2016);
-    ``rms``: x / sqrt(mean of x**2 + eps) (Zhang and Sennrich, 2019)."""
 
-    kind: str
-    eps: float
+NO_DROPOUT = Dropout(0.0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -146,18 +146,9 @@ _LOSS = (
     replace(_ACTIVATION[0], optional=True, default="identity"),
     *_SLOPES,
     _DSLOPE,
-    Operand(
-        "target_rows", "target", use=WRITTEN, optional=True,
-        note="target[rows] of M rows, for backends that do not gather in the load",
-    ),
-    Operand("weight_rows", "M", use=WRITTEN, optional=True, note="weight[rows] of M rows, for the same"),
     replace(_HYPER, optional=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"),
     Operand("ridge", optional=True, note="Ridge: its divisor; in train_resident and train_fleet"),
-    Operand(
-        "shares", "1", "float64", WRITTEN, optional=True, hidden=True,
-        note="the sum of the row weights, with ridge; a loop may keep it in a register",
-    ),
-)  # fmt: skip
+)
 _PLAIN_LOSS = ("target", "counters", "stats", "loss", "weight", "class_weight")
 # The rest of a layer after its product and what is its own: activation and dropout.
 _REST = (
@@ -174,8 +165,9 @@ _MEMBERS = (
     *_REST,
 )
 _NORM = (
-    Operand("norm", optional=True, note="Norm; without it, n is x"),
-    Operand("g", "K", optional=True, note="with norm"),
+    Operand("eps", optional=True, note="float above 0: n is c / sqrt(mean(c**2) + eps) with c = x; None: n is x"),
+    Operand("centred", optional=True, default=False, note="with eps: c is x less its mean"),
+    Operand("g", "K", optional=True, note="with eps"),
     Operand("b", "K", optional=True, note="with g"),
     *_REST,
 )
@@ -448,11 +440,10 @@ OPS = {op.name: op for op in (
         _GRADS, _STATS, _RULE, _COUNTERS,
     )),
     Op("penalty",
-        "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
-        "stats[PENALTIES], times the rows of the batch; nothing where shares is 0", (
+        "dw += the gradient of the penalty of ridge, for all layers, before dw is clipped; the penalty is added to "
+        "stats[PENALTIES], times the rows of the batch", (
         Operand("layers", fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient"), _CODING)),
         Operand("ridge", note="Ridge"),
-        Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
         _COUNTERS,
         _STATS,
     )),

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusemlp_kernels.contract import LossSpec, Norm, Perturbation, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Perturbation, TensorRule, UpdateRule
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 # The optimizer's arrays, for each layer and each of its parameters.
@@ -255,26 +255,23 @@ def grad_weight(dz: Array, x: Array) -> tuple[Array, Array]:
     return dz.T @ x, dz.sum(axis=0)
 
 
-def normalise(x: Array, norm: Norm | None) -> Array:
-    """The rows of x (M, N), each normalised over its N values."""
-    if norm is None:
-        return x
-    centred = x - x.mean(axis=1, keepdims=True) if norm.kind == "layer" else x
-    return np.asarray(centred / np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + norm.eps))
+def normalise(x: Array, eps: float, *, centred: bool) -> Array:
+    """The rows of x (M, N), each normalised over its N values: (x - mean) / sqrt(variance + eps) (Ba et al., 2016), or
+    not ``centred`` x / sqrt(mean of x**2 + eps) (Zhang and Sennrich, 2019)."""
+    c = x - x.mean(axis=1, keepdims=True) if centred else x
+    return np.asarray(c / np.sqrt(np.mean(c**2, axis=1, keepdims=True) + eps))
 
 
-def normalise_grad(dn: Array, x: Array, norm: Norm | None) -> Array:
+def normalise_grad(dn: Array, x: Array, eps: float, *, centred: bool) -> Array:
     """The gradient by x, from that by the normalised rows: both (M, N).
 
     With n = c / r, c = x - mean and r = sqrt(mean(c**2) + eps): dc = (dn - n * mean(dn * n)) / r, as dr / dc is
     n / N; and dx is dc less its mean, since each x is in the mean.
     """
-    if norm is None:
-        return dn
-    centred = x - x.mean(axis=1, keepdims=True) if norm.kind == "layer" else x
-    root, n = np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + norm.eps), normalise(x, norm)
+    c, n = x - x.mean(axis=1, keepdims=True) if centred else x, normalise(x, eps, centred=centred)
+    root = np.sqrt(np.mean(c**2, axis=1, keepdims=True) + eps)
     dc = (dn - n * np.mean(dn * n, axis=1, keepdims=True)) / root
-    return np.asarray(dc - dc.mean(axis=1, keepdims=True) if norm.kind == "layer" else dc)
+    return np.asarray(dc - dc.mean(axis=1, keepdims=True) if centred else dc)
 
 
 def clip_factor(grads: Iterable[Array], max_norm: float | None) -> float:

@@ -249,7 +249,7 @@ class Fleet:
         penalised = any(one.ridge is not None and one.ridge.strength for one in together)
         ridge = model.ridge or (c.Ridge() if penalised else None)
         if ridge is not None:
-            loss |= {"ridge": ridge, "shares": work("shares", 1, dtype="float64")}
+            loss["ridge"] = ridge
         loss |= {"dz": dz[last], "counters": counters, "stats": arenas["stats"], "b": tensor(f"b{last}")}
         calls.append(("linear_loss_grad", source(last, "x_rows") | weights(last) | loss | layer(last)))
         for at in range(last - 1, first - 1, -1):
@@ -290,8 +290,9 @@ class Fleet:
         calls.append(("grad_weight", {**grouped, "rule": rule, "counters": counters}))
         if penalised:
             pulled = tuple({"w": tensor(name), "dw": tensor(name, "grads")} for name in rules if name[0] == "w")
-            shares = {"shares": kept["shares"], "counters": counters, "stats": arenas["stats"]}
-            calls.append(("penalty", {"layers": pulled, "ridge": ridge, **shares}))
+            calls.append(
+                ("penalty", {"layers": pulled, "ridge": ridge, "counters": counters, "stats": arenas["stats"]})
+            )
         segments = tuple(
             c.Segment(self.places[name][0], self.stretch(arenas["params"], name).size, rules[name]) for name in rules
         )

@@ -5,7 +5,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import tolerance as tol
-from calls import counters_of, gathering, padded_rows, run_loss, walked
+from calls import counters_of, padded_rows, run_loss, walked
 from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
 from memory import Values, exact, place, poisoned
@@ -134,14 +134,8 @@ class Loss:
         if case.activation == "prelu":
             self.operands["slope_param"] = np.full(1, case.slope, values.dtype)
         if case.by_row:
-            shape = (case.m,) if case.classes else (case.m, case.n)
             operand, self.rows = walked(values, self.rows, self.counters) if walks else (self.rows, self.rows)
-            self.operands |= gathering(
-                case.variant,
-                operand,
-                target_rows=place(np.zeros(shape, self.target.dtype), case.output_layout),
-                weight_rows=poisoned(case.m, values.dtype),
-            )
+            self.operands["rows"] = operand
 
     def batch(self, count):
         """Prepare a batch of ``count`` rows and return its targets and weights, (count, ...)."""

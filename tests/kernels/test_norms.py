@@ -13,14 +13,15 @@ from memory import Values, exact, place, poisoned
 
 import fusemlp_kernels
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, Dropout, Norm, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, Dropout, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.calls import ENTRIES
 from fusemlp_kernels.numpy.tables import CallTable
 from fusemlp_kernels.philox import dropout_keep
 
 VARIANTS = variants_with("normalise")
-NORMS = (Norm("layer", 1e-5), Norm("rms", 1e-3), None)
+# as operands
+NORMS = ({"eps": 1e-5, "centred": True}, {"eps": 1e-3, "centred": False}, {})
 SLOPES = {"leaky_relu": 0.1, "elu": 1.3}
 # rows and columns: one of each, odd ones, a row of several blocks, more rows than a task or a stretch takes
 SHAPES = ((1, 1), (5, 7), (9, 33), (37, 140), (530, 9), (2, 1100))
@@ -33,17 +34,17 @@ def shapes_of(variant):
     return SHAPES if variant.device is INTERPRETER else SHAPES + LARGE
 
 
-@pytest.mark.parametrize("norm", NORMS[:2], ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("norm", NORMS[:2], ids=("layer", "rms"))
 def test_the_oracle_is_torch(norm):
     random = np.random.default_rng(0)
     x, dn = random.normal(1.0, 2.0, (6, 9)), random.normal(size=(6, 9))
     leaf = oracle.tensor(x, grad=True)
     functional = torch.nn.functional
-    layer = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
-    n = layer(leaf, (9,), eps=norm.eps)
+    layer = functional.layer_norm if norm["centred"] else functional.rms_norm
+    n = layer(leaf, (9,), eps=norm["eps"])
     n.backward(oracle.tensor(dn))
-    oracle.assert_close(reference.normalise(x, norm), oracle.numpy(n))
-    oracle.assert_close(reference.normalise_grad(dn, x, norm), leaf.grad.numpy())
+    oracle.assert_close(reference.normalise(x, **norm), oracle.numpy(n))
+    oracle.assert_close(reference.normalise_grad(dn, x, **norm), leaf.grad.numpy())
 
 
 def normalised(x, norm, u):
@@ -52,17 +53,17 @@ def normalised(x, norm, u):
     A mean is a reduction of N values. Differences c from it, with the errors e, give a sum of squares that is off by
     2 |c| e at most, of which the root takes half.
     """
-    if norm is None:
+    if not norm:
         ones = np.ones((len(x), 1))
         return x, np.zeros_like(x), ones, 0.0 * ones
 
     def mean(values):
         return np.mean(values, axis=1, keepdims=True)
 
-    n, growth = reference.normalise(x, norm), tol.growth(x.shape[1])
-    centred = x - mean(x) if norm.kind == "layer" else x
-    error = u * np.abs(centred) + (growth * u * mean(np.abs(x)) if norm.kind == "layer" else 0.0)
-    square = mean(centred**2) + norm.eps
+    n, growth = reference.normalise(x, **norm), tol.growth(x.shape[1])
+    centred = x - mean(x) if norm["centred"] else x
+    error = u * np.abs(centred) + (growth * u * mean(np.abs(x)) if norm["centred"] else 0.0)
+    square = mean(centred**2) + norm["eps"]
     relative = mean(np.abs(centred) * error + 0.5 * error**2) / square + (0.5 * growth + 4.0) * u
     factor = 1.0 / np.sqrt(square)
     return n, error * factor + np.abs(n) * (relative + u), factor, relative
@@ -81,11 +82,11 @@ def test_normalise_and_back(variant, activation):
         layout, rate, accumulate = LAYOUTS[case % len(LAYOUTS)], (0.0, 0.25)[case % 2], 2 - case % 2
         output = "owned" if layout == "owned" else "plain"
         x = place(variant.rounded(values.normal(rows, columns) + 0.5), layout)
-        names = "" if norm is None else "gb" if norm.kind == "layer" else "g"
+        names = "" if not norm else "gb" if norm["centred"] else "g"
         vectors = {name: place(values.normal(columns), layout) for name in names}
         counters = counters_of(rows, 6)
         operands = {"activation": activation, "counters": counters, **({"slope": slope} if slope else {})}
-        operands |= {} if norm is None else {"norm": norm}
+        operands |= norm
         keep, drops = None, {}
         if rate:
             keep = dropout_keep(rate, 2, case + 5, 6, rows, columns)
@@ -99,7 +100,7 @@ def test_normalise_and_back(variant, activation):
         g = exact(vectors["g"]) if "g" in vectors else np.ones(columns)
         b = exact(vectors["b"]) if "b" in vectors else np.zeros(columns)
         z = n * g + b
-        z_bound = 0.0 if norm is None else n_bound * np.abs(g) + 2.0 * u * (np.abs(n * g) + np.abs(b))
+        z_bound = 0.0 if not norm else n_bound * np.abs(g) + 2.0 * u * (np.abs(n * g) + np.abs(b))
         h = reference.activation(activation, z, slope)
         h_bound = tol.activation_bound(activation, z, z_bound, slope, u)
         dropped = reference.dropout(h, keep, rate)
@@ -117,7 +118,7 @@ def test_normalise_and_back(variant, activation):
         grown = reference.dropout(exact(dy), keep, rate)
         # between the kernels of the way back n and dn lie in memory, in the type that matrix products read
         read_bound = n_bound
-        if norm is not None:
+        if norm:
             read_bound = variant.result_bound(n_bound, n)
             z_bound = read_bound * np.abs(g) + 2.0 * u * (np.abs(n * g) + np.abs(b))
         slopes = reference.activation_grad(activation, z, slope)
@@ -125,8 +126,8 @@ def test_normalise_and_back(variant, activation):
         dz = grown * slopes
         dz_bound = np.abs(grown) * (slopes_bound + 6.0 * u * np.abs(slopes)) + tol.TINY
         by_n, by_n_bound = dz * g, dz_bound * np.abs(g) + u * np.abs(dz * g)
-        by_n_bound = by_n_bound if norm is None else variant.result_bound(by_n_bound, by_n)
-        wanted = reference.normalise_grad(by_n, exact_x, norm)
+        by_n_bound = by_n_bound if not norm else variant.result_bound(by_n_bound, by_n)
+        wanted = reference.normalise_grad(by_n, exact_x, **norm) if norm else by_n
         variant.check(dx, wanted, wanted_bound(by_n, by_n_bound, n, n_bound, factor, relative, norm, u))
         terms = {"dg": (dz * n, dz_bound * np.abs(n) + np.abs(dz) * read_bound), "db": (dz, dz_bound)}
         for name, found in sums.items():
@@ -140,7 +141,7 @@ def test_normalise_and_back(variant, activation):
 
 def wanted_bound(d, d_bound, n, n_bound, factor, relative, norm, u):
     """The error of ``(d - n * mean(d * n) - mean(d)) * factor``, each part carried on to first order."""
-    if norm is None:
+    if not norm:
         return d_bound
 
     def mean(values):
@@ -151,7 +152,7 @@ def wanted_bound(d, d_bound, n, n_bound, factor, relative, norm, u):
     along_bound = mean(d_bound * np.abs(n) + np.abs(d) * n_bound) + growth * u * mean(np.abs(d * n))
     rest = d - n * along
     bound = d_bound + n_bound * np.abs(along) + np.abs(n) * along_bound + 2.0 * u * (np.abs(d) + np.abs(n * along))
-    if norm.kind == "layer":
+    if norm["centred"]:
         bound = bound + mean(bound) + growth * u * mean(np.abs(rest)) + u * np.abs(rest)
         rest = rest - mean(rest)
     return factor * (bound + np.abs(rest) * (relative + 3.0 * u))
@@ -173,7 +174,7 @@ def test_nan_spoils_its_row_alone(variant):
     x = np.ones((4, 8), variant.compute)
     x[2, 3] = np.nan
     g, y, dx = np.ones(8, variant.real), np.zeros((4, 8), variant.compute), np.zeros((4, 8), variant.compute)
-    given = {"x": x, "norm": NORMS[0], "g": g, "b": g, "activation": "relu", "counters": counters_of(4)}
+    given = {"x": x, **NORMS[0], "g": g, "b": g, "activation": "relu", "counters": counters_of(4)}
     variant.bind("normalise", y=y, **given)()
     variant.bind("grad_normalise", dy=np.ones_like(x), dx=dx, rule=UpdateRule("sgd"), **given)()
     for rows in (y, dx):
@@ -186,7 +187,7 @@ def test_what_is_dropped_may_be_nan(variant):
     keep = dropout_keep(0.5, 0, 1, 0, 4, 8)
     g, y, dx = np.ones(8, variant.real), np.zeros((4, 8), variant.compute), np.zeros((4, 8), variant.compute)
     dy = np.where(keep, 1.0, np.nan).astype(variant.compute)
-    given = {"x": np.ones((4, 8), variant.compute), "norm": NORMS[1], "g": g, "counters": counters_of(4)}
+    given = {"x": np.ones((4, 8), variant.compute), **NORMS[1], "g": g, "counters": counters_of(4)}
     given |= {"dropout": Dropout(0.5, 0, 1), **kept(variant, np.zeros((4, 8), np.bool_))}
     variant.bind("normalise", y=y, **given)()
     variant.bind("grad_normalise", dy=dy, dx=dx, rule=UpdateRule("sgd"), **given)()
@@ -204,7 +205,7 @@ def test_a_shard_has_its_rows_and_masks_of_the_batch():
     """Shards of 7 rows, the last of a batch of 18 not full: the bits of the whole batch."""
     x, counters = np.random.default_rng(0).standard_normal((18, 9)).astype(np.float32), counters_of(18)
     shared = {
-        "norm": NORMS[0],
+        **NORMS[0],
         "g": np.ones(9, np.float32),
         "activation": "gelu",
         "dropout": Dropout(0.4, 1, 3),

@@ -14,6 +14,8 @@ class Normalisation(Description):
 
     # the module of torch
     torch: ClassVar[str] = ""
+    # whether the mean of a row is taken from it first
+    centred: ClassVar[bool] = False
     # the letter of a tensor's name in a program, its name in torch, and the number that fills it at the start
     tensors: ClassVar[tuple[tuple[str, str, float], ...]] = (("g", "weight", 1.0),)
     eps: Positive = 1e-5
@@ -25,6 +27,7 @@ class LayerNorm(Normalisation):
 
     kind = "layer"
     torch = "LayerNorm"
+    centred = True
     tensors = ("g", "weight", 1.0), ("c", "bias", 0.0)
 
 

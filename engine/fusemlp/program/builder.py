@@ -54,9 +54,9 @@ class Builder:
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
         self.counters = self.add("counters", (contract.COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
-        # whether a batch that is picked by row is copied first
-        self.copies = inputs.indexed and not self.traits.gathers_in_load
-        self.gathered = self.work("gathered", self.slots) if self.copies and self.gathers() else None
+        # a batch that is picked by row may be copied first
+        copies = inputs.indexed and not self.traits.gathers_in_load and self.gathers()
+        self.gathered = self.work("gathered", self.slots) if copies else None
 
     def gathers(self) -> bool:
         """Return whether the first product may have a copy of the rows of its batch."""
@@ -160,8 +160,6 @@ class Builder:
         outputs, gradient = net.sizes[-1], self.first < net.layers
         integer = spec.kind == "cross_entropy" and not spec.soft
         shape, dtype = ((), "int64") if integer else ((outputs // spec.width,), "real")
-        # a resident loop reads the targets through the rows
-        copied = self.copies and not step.resident
         return {
             "target": self.add("target", (inputs.rows, *shape), dtype, "data"),
             "counters": self.counters,
@@ -172,10 +170,6 @@ class Builder:
             "weight": self.weight_of_rows(),
             "class_weight": self.add("class_weight", (outputs,), "real", "control") if inputs.class_weighted else None,
             "rows": self.rows,
-            "target_rows": self.add("target_rows", (self.batch, *shape), dtype, "work") if copied else None,
-            "weight_rows": self.add("weight_rows", (self.batch,), "real", "work")
-            if copied and inputs.weighted
-            else None,
             "dz": self.work(f"dz{net.layers}", outputs) if gradient else None,
             "dslope": self.slope_gradient(self.last) if gradient else None,
         }

@@ -108,8 +108,8 @@ def _check_order(program: Program) -> None:
             writers[name] = index
             sources[name] = {} if name in before else made_from
         defined |= outputs
-    ridges = [call.operands["ridge"] for call in program.calls if call.operands.get("ridge")]
-    if program.trainable and any(ridge.strength for ridge in ridges) and "shares" not in read:
+    ridged = {call.op: call.operands["ridge"].strength for call in program.calls if call.operands.get("ridge")}
+    if program.trainable and any(ridged.values()) and "penalty" not in ridged:
         raise ProgramError("no call adds the penalty of the loss's ridge")
     for value in program.values.values():
         if value.kind == "data" and value.name not in read:

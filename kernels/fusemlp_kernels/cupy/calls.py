@@ -15,8 +15,8 @@ from fusemlp_kernels.contract import (
     GROWTH_INTERVAL,
     LOSSES,
     NEEDS_Z,
+    NO_DROPOUT,
     STATS,
-    Dropout,
     TensorRule,
     UpdateRule,
 )
@@ -24,7 +24,6 @@ from fusemlp_kernels.cupy import sources
 from fusemlp_kernels.cupy.device import THREADS, Array, Device, Run, in_sequence, nothing
 from fusemlp_kernels.cupy.products import bind_copy, bind_product, lane_blocks, transposed, usable
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.philox import seed_key, threshold
 
 # A longer row has a block, others a warp.
 LONG_ROW = 1024
@@ -43,20 +42,6 @@ def activation_fields(call: SimpleNamespace) -> dict[str, Any]:
     return {
         "activation": ACTIVATIONS.index(call.activation), "slope": call.slope,
         "slope_param": call.slope_param if learned else None,
-    }  # fmt: skip
-
-
-def dropout_fields(dropout: Dropout | None) -> dict[str, Any]:
-    """Return the kernels' fields for the mask of a layer."""
-    if dropout is None:
-        return {"keep_scale": 1.0, "kept_share": 1.0}
-    key0, key1 = seed_key(dropout.seed)
-    least = threshold(dropout.rate)
-    share = 1.0 - dropout.rate
-    return {
-        "layer": dropout.layer, "key0": key0, "key1": key1, "threshold": least, "kept_share": share,
-        # a rate that rounds to one drops everything
-        "keep_scale": 0.0 if least == 1 << 16 else 1.0 / share,
     }  # fmt: skip
 
 
@@ -81,7 +66,7 @@ def bind_linear(device: Device, call: SimpleNamespace) -> Run:
     after = device.launch(
         "layers", "forward", lane_blocks(call.M, call.N), product=product if call.K else None, bias=call.b,
         z=call.z if call.activation in NEEDS_Z else None, out=call.y, counters=call.counters, rows=call.M,
-        columns=call.N, **activation_fields(call), **dropout_fields(call.dropout),
+        columns=call.N, **activation_fields(call), **(call.dropout or NO_DROPOUT).numbers,
     )  # fmt: skip
     return in_sequence([gather, bind_product(device, product, batch, transposed(call.w)), after])
 
@@ -104,7 +89,7 @@ def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
     after = device.launch(
         "layers", "backward", blocks, product=product if call.N else None, out=out,
         source=call.z if call.activation in NEEDS_Z else call.y, **learned, counters=call.counters, rows=call.M,
-        columns=call.K, **activation_fields(call), **dropout_fields(call.dropout),
+        columns=call.K, **activation_fields(call), **(call.dropout or NO_DROPOUT).numbers,
     )  # fmt: skip
     return in_sequence([multiply, after])
 
@@ -141,13 +126,13 @@ def launch_loss(device: Device, kernel: str, call: SimpleNamespace, z: Array, bi
     return in_sequence([*before, device.launch("loss", name, blocks, **fields)])
 
 
-@binds("loss_grad", without=["ridge", "shares"])
+@binds("loss_grad", without=["ridge"])
 def bind_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``loss_grad``."""
     return launch_loss(device, "stored_loss", call, call.z)
 
 
-@binds("linear_loss_grad", without=["ridge", "shares"])
+@binds("linear_loss_grad", without=["ridge"])
 def bind_linear_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``linear_loss_grad``: a product, and its loss."""
     batch, gather = bind_batch(device, call, call.x_rows)

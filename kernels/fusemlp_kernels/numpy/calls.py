@@ -142,7 +142,7 @@ def _linear_loss_grad(table: CallTable, call: SimpleNamespace) -> None:
 def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) -> None:
     """The loss and dz of pre-activations z; ``fresh``: z is neither dz nor read later.
 
-    Targets and weights are read through the rows, and the shares stay in a register.
+    Targets and weights are read through the rows.
     """
     loss, dz, entropy = call.loss, call.dz, call.loss.kind == "cross_entropy"
     count, outputs = z.shape
@@ -404,10 +404,10 @@ def _of_factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) 
 def _of_norm(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
     """The fields of a normalised row; its x is the shard's own, whose rows count from 0."""
     fields = {**_scaled(table, call, width), "rows": np.arange(-table.shard, len(call.x))}
-    if call.norm is None:
+    if call.eps is None:
         return fields
     b = table.scratch(width) if call.b is None else call.b
-    return fields | {"norm": 1 + c.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
+    return fields | {"norm": call.eps, "centred": call.centred, "by_s": call.g, "b": b}
 
 
 def _sums_of_tasks(table: CallTable, width: int, **gradients: tuple[Array | None, Array | None]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import triton
 from fusemlp_kernels.checks import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.triton import configs, fleets, grouped, layers, narrow
+from fusemlp_kernels.triton import configs, fleets, grouped, layers, members, narrow, rowwise
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned, is_interpreted, mark_owned
 
 _log = logging.getLogger("fusemlp.kernels")
@@ -35,7 +35,7 @@ ADOPTED = frozenset(
 # By op, the functions that are named after it.
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     name.removeprefix("bind_"): bind
-    for module in (fleets, grouped, layers, narrow)
+    for module in (fleets, grouped, layers, members, narrow, rowwise)
     for name, bind in vars(module).items()
     if name.startswith("bind_")
 }

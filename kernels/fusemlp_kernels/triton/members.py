@@ -5,12 +5,19 @@ Row i of a batch belongs to member i % members. A program works for one member: 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from fusemlp_kernels.checks import binds, members_of
+from fusemlp_kernels.triton import clock, configs
 from fusemlp_kernels.triton.clock import BATCH_INDEX, is_last
 from fusemlp_kernels.triton.functions import keep_mask
 from fusemlp_kernels.triton.gradients import input_gradient, stored_gradient
+from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice
+from fusemlp_kernels.triton.layers import NOT_IN_LOAD, are_aligned, arguments_of
 from fusemlp_kernels.triton.linear import affine_tile, store_outputs
 from fusemlp_kernels.triton.pointwise_triton import IDENTITY, activate, derivative, needs_z
 from fusemlp_kernels.triton.tiles import batch_rows, column_step, kernel, masked_width, row_pitch, this_batch, tile_of
@@ -206,3 +213,65 @@ def grad_input_members_kernel(
         M, N, K, dz_pitch * members, dz_col, w_row, w_col, out_pitch * members, out_col, out_pitch * members, out_col,
         IDENTITY, 0.0, 0, 0, 0, 0, 1.0, 1.0, BM, BN, BK, PRODUCT, ALIGNED, PARTS, 1,
     )  # fmt: skip
+
+
+def _launch_members(
+    device: TritonDevice, call: SimpleNamespace, kernel: Any, programs: int, *matrices: Tensor | None, **others: Any
+) -> Run:
+    """A kernel of ``affine_members`` or of its way back, with the matrices beside x, s, b and r."""
+    tile = configs.MEMBERS
+    arguments = arguments_of(
+        device, kernel, call, members=members_of(call), with_s=int(call.s is not None), with_r=int(call.r is not None),
+        **others,
+    )  # fmt: skip
+    aligned = are_aligned(call.x, call.s, call.b, call.r, *matrices)
+    constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
+    return device.launch(kernel, programs, arguments, constants, tile)
+
+
+@binds("affine_members", without=NOT_IN_LOAD)
+def bind_affine_members(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``affine_members``."""
+    programs = members_of(call) * configs.MEMBERS.count(call.M // members_of(call), call.K)
+    return _launch_members(device, call, affine_members_kernel, programs, call.y)
+
+
+@binds("grad_affine_members", without=NOT_IN_LOAD)
+def bind_grad_affine_members(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``grad_affine_members``."""
+    tile, written = configs.MEMBERS, {name: getattr(call, name) for name in ("dx", "ds", "db", "dr")}
+    count = members_of(call)
+    wide = count * tile.count(1, call.K)
+    splits = min(configs.MOST_SPLITS, max(1, tile.count(call.M // count, 1)))
+    return _launch_members(
+        device, call, grad_affine_members_kernel, wide * splits, call.dy, *written.values(), splits=splits,
+        sums=device.zeros(splits * 3 * wide * tile.columns, "real"), ticket=device.zeros(wide, "int32"),
+        rule=device.numbers(clock.rule_values(call.rule), "float64"),
+        **{f"store_{name}": int(array is not None) for name, array in written.items()},
+    )  # fmt: skip
+
+
+def _heads(
+    device: TritonDevice, call: SimpleNamespace, kernel: Any, letters: str, *matrices: Tensor, **out: Any
+) -> Run:
+    """A product of each member, of one kernel; ``letters``: those of the result's columns and of the reduction."""
+    aligned = are_aligned(*matrices)
+    count, columns = members_of(call, call.N), getattr(call, letters[0])
+    each = call.M // count
+    shape = [(each, columns)]
+    tile = configs.product_tile(device.arch, "forward", device.precision, shape, aligned=aligned, parts=count)
+    constants = {**tile.sides(f"M{letters}"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    arguments = arguments_of(device, kernel, call, M=each, members=count, **out)
+    return device.launch(kernel, count * tile.count(each, columns), arguments, constants, tile)
+
+
+@binds("linear_members")
+def bind_linear_members(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``linear_members``."""
+    return _heads(device, call, linear_members_kernel, "NK", call.x, call.w, call.z)
+
+
+@binds("grad_input_members")
+def bind_grad_input_members(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``grad_input_members``."""
+    return _heads(device, call, grad_input_members_kernel, "KN", call.dz, call.w, call.dx, out=call.dx)

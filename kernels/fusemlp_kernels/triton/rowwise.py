@@ -1,4 +1,4 @@
-"""Kernels over rows, without a product: rows normalised, with factors, activation and dropout, and back; the sum of two
+"""Ops over rows, without a product: rows normalised, with factors, activation and dropout, and back; the sum of two
 matrices; inputs as sines and cosines of octaves, and back; and inputs that raise the loss, within a norm and bounds.
 ``reference`` defines them.
 
@@ -8,18 +8,25 @@ single member (``members.grad_affine_members_kernel``).
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from fusemlp_kernels import contract
+from fusemlp_kernels.checks import binds
+from fusemlp_kernels.philox import seed_key
+from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.functions import keep_mask, maximum, minimum, sign, uniform
-from fusemlp_kernels.triton.members import batch_tile
+from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, in_sequence, signed
+from fusemlp_kernels.triton.layers import NOT_IN_LOAD, are_aligned, arguments_of
+from fusemlp_kernels.triton.members import batch_tile, bind_grad_affine_members
 from fusemlp_kernels.triton.pointwise_triton import activate
 from fusemlp_kernels.triton.tiles import batch_rows, column_step, kernel, masked_width, row_pitch, this_batch, tile_of
 
-# Kinds of ``contract.Norm``, from 1 on; 0 for none.
-LAYER_NORM: tl.constexpr = tl.constexpr(1 + contract.NORMS.index("layer"))
+# The kind of a norm that centres its rows; 2 for one that does not, 0 for none.
+LAYER_NORM: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
@@ -271,3 +278,79 @@ def perturb_kernel(
         moved = minimum(maximum(own + share * d, low), high)
         moved = tl.where(live, moved, 0.0)
         tl.store(adv + at * adv_col, moved.to(adv.dtype.element_ty), mask=at < K)
+
+
+def _launch_rows(
+    device: TritonDevice, call: SimpleNamespace, kernel: Any, width: int, *matrices: Tensor, **others: Any
+) -> Run:
+    """A kernel over the rows of matrices; with ``norm_kind`` a program has whole rows."""
+    tile = configs.row_tile(width)
+    constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": are_aligned(*matrices)}
+    programs = tile.count(call.M, 1 if "norm_kind" in others else width)
+    return device.launch(kernel, programs, arguments_of(device, kernel, call, **others), constants, tile)
+
+
+def _norm(call: SimpleNamespace) -> dict[str, Any]:
+    """The kernels' arguments for a norm."""
+    return {"norm_kind": 0, "eps": 0.0} if call.eps is None else {"norm_kind": 2 - call.centred, "eps": call.eps}
+
+
+@binds("normalise", without=NOT_IN_LOAD)
+def bind_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``normalise``."""
+    g, b = _factors(device, call)
+    return _launch_rows(device, call, normalise_kernel, call.K, call.x, call.y, g=g, b=b, **_norm(call))
+
+
+def _factors(device: TritonDevice, call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """g and b (K,): ones and zeros where they are left out."""
+    g = device.matrix(1, call.K, "real").fill_(1.0)[0] if call.g is None else call.g
+    return g, device.matrix(1, call.K, "real")[0] if call.b is None else call.b
+
+
+@binds("grad_normalise", without=NOT_IN_LOAD)
+def bind_grad_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``grad_normalise``: the rows normalised once more, the gradient by them as by ``affine_members``
+    of one member, and in its place that by x."""
+    g, b = _factors(device, call)
+    sums = {f"d{name}": row[None] for name, row in (("s", call.dg), ("b", call.db)) if row is not None}
+    n = call.x if call.eps is None else device.matrix(call.M, call.K, "compute")
+    by_n: Run = bind_grad_affine_members(
+        device, dy=call.dy, x=n, dx=call.dx, s=g[None], b=b[None], **sums, rule=call.rule, counters=call.counters,
+        activation=call.activation, slope=call.slope, dropout=call.dropout,
+    )  # fmt: skip
+    if call.eps is None:
+        return by_n
+    again = bind_normalise(device, x=call.x, y=n, eps=call.eps, centred=call.centred)
+    by_x = _launch_rows(device, call, grad_normalise_kernel, call.K, call.x, call.dx, **_norm(call))
+    return in_sequence([again, by_n, by_x])
+
+
+@binds("add")
+def bind_add(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``add``."""
+    matrices = call.a, call.b, call.y
+    return _launch_rows(device, call, add_kernel, call.K, *matrices, x=call.a, other=call.b)
+
+
+@binds("encode")
+def bind_encode(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``encode``."""
+    sizes = {"inputs": call.x, "before": call.K * call.inputs}
+    if call.dy is None:
+        return _launch_rows(device, call, encode_kernel, call.N, call.y, **sizes)
+    return _launch_rows(device, call, grad_encode_kernel, call.K, call.dy, call.dx, **sizes)
+
+
+@binds("perturb")
+def bind_perturb(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``perturb``."""
+    change, moves = call.change, call.start is None
+    key0, key1 = seed_key(change.seed or 0)
+    arguments = arguments_of(
+        device, perturb_kernel, call, adv=call.adv if moves else call.start, moves=int(moves),
+        euclid=int(change.norm == "2"), drawn=int(not moves and change.seed is not None), length=change.step,
+        eps=change.eps, low=change.low, high=change.high,
+    )  # fmt: skip
+    arguments |= {"key0": signed(key0), "key1": signed(key1)}
+    return device.launch(perturb_kernel, call.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)

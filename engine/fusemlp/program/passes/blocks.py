@@ -18,7 +18,7 @@ from typing import Any
 
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
-from fusemlp_kernels.contract import Norm, UpdateRule
+from fusemlp_kernels.contract import UpdateRule
 from fusemlp_kernels.ops import OPS
 
 # The changes of a product's call where the rest of its layer is a call of its own.
@@ -94,7 +94,7 @@ class _Blocks:
         norm, rest = self.net.norm(layer - 1), dict[str, Any](x=Ref(f"u{layer}"))
         if norm is not None:
             names = {"g": f"g{layer - 1}", "b": f"c{layer - 1}"}
-            rest["norm"] = Norm(norm.kind, norm.eps)
+            rest |= {"eps": norm.eps, "centred": norm.centred}
             rest |= {operand: Ref(name) for operand, name in names.items() if name in self.values}
         rest |= {name: call.operands[name] for name in _REST if name in call.operands}
         self.rest[layer] = rest
@@ -123,7 +123,8 @@ class _Blocks:
                 shape = self.step.layout.places[short].shape
                 self.values[f"d{short}"] = Value(f"d{short}", shape, "real", "gradient")
                 gradients[operand] = Ref(f"d{short}")
-        label = rest["norm"].kind if "norm" in rest else rest["activation"]
+        norm = self.net.norm(layer - 1)
+        label = rest["activation"] if norm is None else norm.kind
         common = {"rule": self.step.rule or UpdateRule("sgd"), "counters": Ref("counters")}
         return Call("grad_normalise", {**rest, "dy": dy, "dx": Ref(f"dz{layer}"), **gradients, **common}, label)
 

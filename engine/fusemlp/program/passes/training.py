@@ -60,11 +60,8 @@ class Penalty:
 
     def __call__(self, program: Program, step: Step) -> Program:
         """Return the program whose loss counts the weights of rows, with ``penalty`` before the update."""
-        shares = Ref("shares")
-        counted = {"ridge": self.ridge, "shares": shares}
         calls = [
-            call.but(**counted) if "loss" in call.operands and "stats" in call.operands else call
-            for call in program.calls
+            call.but(ridge=self.ridge) if {"loss", "stats"} <= call.operands.keys() else call for call in program.calls
         ]
         # models of one launch have the same calls, whatever their numbers
         penalised = self.ridge.strength != 0.0 or step.traits.resident is not None
@@ -72,10 +69,9 @@ class Penalty:
             weights = [short for short, _ in step.trained if short[0] == "w"]
             coded = {} if step.inputs.coding is None else {"w0": {"coding": step.inputs.coding}}
             layers = tuple({"w": Ref(short), "dw": Ref(f"d{short}"), **coded.get(short, {})} for short in weights)
-            common = {"counters": Ref("counters"), "stats": Ref("stats")}
-            calls.insert(-1, Call("penalty", {"layers": layers, **counted, **common}, "ridge"))
-        values = {**program.values, "shares": Value("shares", (1,), "float64", "work")}
-        return replace(program, values=values, calls=tuple(calls))
+            common = {"ridge": self.ridge, "counters": Ref("counters"), "stats": Ref("stats")}
+            calls.insert(-1, Call("penalty", {"layers": layers, **common}, "ridge"))
+        return replace(program, calls=tuple(calls))
 
 
 @dataclass(frozen=True)

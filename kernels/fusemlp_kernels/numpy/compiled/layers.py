@@ -191,9 +191,9 @@ def _sum_and_scale(dz: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int) ->
 def _normalised(call: Any, n: Any, x: Any) -> Any:
     """A row x normalised, in n; what its differences from their mean were multiplied by."""
     real, columns = x.dtype.type, call.n
-    mean = sum_of(x, columns) / real(columns) if call.norm == t.LAYER_NORM else real(0.0)
+    mean = sum_of(x, columns) / real(columns) if call.centred else real(0.0)
     _shift_and_scale(n, x, mean, real(1.0), columns)
-    factor = real(1.0) / real(math.sqrt(sum_of_products(n, n, columns) / real(columns) + real(call.option)))
+    factor = real(1.0) / real(math.sqrt(sum_of_products(n, n, columns) / real(columns) + real(call.norm)))
     _shift_and_scale(n, n, real(0.0), factor, columns)
     return factor
 
@@ -282,7 +282,7 @@ def scale_rows_backward(call: Any, like: Any, rows: Any, first: int, count: int,
         if call.norm:
             width = like.dtype.type(columns)
             _without_direction(d, n, sum_of_products(d, n, columns) / width, columns)
-            mean = sum_of(d, columns) / width if call.norm == t.LAYER_NORM else like.dtype.type(0.0)
+            mean = sum_of(d, columns) / width if call.centred else like.dtype.type(0.0)
             _shift_and_scale(d, d, mean, factor, columns)
 
 

@@ -13,10 +13,15 @@ from fusemlp_kernels import contract
 from fusemlp_kernels.coding import KINDS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
+# The fields that are marked with a "?": a table may do without them, so that no code is compiled for them.
+OPTIONAL: set[str] = set()
+
 
 def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
     """The type of a record of int64 fields, then float64 fields."""
-    return np.dtype([(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in floats.split()])
+    names = [(name, kind) for text, kind in ((integers, np.int64), (floats, np.float64)) for name in text.split()]
+    OPTIONAL.update(name[:-1] for name, _ in names if name.endswith("?"))
+    return np.dtype([(name.rstrip("?"), kind) for name, kind in names])
 
 
 # The optimizer: its code and options, micro-batches to an update, whether it clips. Rows in the batch (COUNTED: ask
@@ -31,7 +36,7 @@ def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
 HEAD = _record(
     "optimizer decoupled sklearn accumulate clips batch counters hyper rates stats epoch_stats epochs "
     "calls tensors phases tasks pieces partials partial_count sums lanes lanes_row zeros product pack dots "
-    "block phase_count prologue steps step phase noisy noise_low noise_high blocks row_tasks shard_rows "
+    "block phase_count prologue steps step phase noisy? noise_low noise_high blocks row_tasks shard_rows "
     "order order_row totals totals_row",
     f"{' '.join(HYPERPARAMETERS)} clip_norm scale deviation shared_by",
 )
@@ -71,7 +76,8 @@ DEPTH = 512
 # each task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums.
 # shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
 # codes, of which x has slots a row; w is (K, N) then, and panels are the sums, with by_r those of one member after
-# another. norm: the rows are normalised, with factors by_s and b, and option is eps. octaves: of the waves of k inputs.
+# another. norm: eps of rows that are normalised, and centred first, with factors by_s and b; 0: they are not. octaves:
+# of the waves of k inputs.
 # packed: out holds the known targets of a loss, k a row, one after another; missing: those that are NaN are left out,
 # and present is the sum of the row weights of the others. Of
 # quantiles b has the levels, k is the place of the middle one, and out is scratch.
@@ -79,12 +85,12 @@ DEPTH = 512
 # divides by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its
 # bounds.
 CALL = _record(
-    "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
-    "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
-    "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
-    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm octaves "
-    "packed missing",
-    "fixed_slope rate strength smoothing option divisor largest length low high present",
+    "kind n k rows walks x w panels? b y z dz out slope? dslope? slope_part "
+    "keep? activation key_low key_high mask_layer threshold first end param? state0 state1 average? descends? pulls? "
+    "sums target weighted? class_weighted? loss mean soft? smoothed? ignores? ignored accuracy wide? recorded "
+    "afresh round drawn? members? by_r? by_s? sum_r sum_s sum_b parts? shard coding columns slots centred octaves "
+    "packed? missing?",
+    "fixed_slope rate strength smoothing option norm? divisor largest length low high present",
 )
 # A column of codes: see ``coding.Place``.
 COLUMN = _record("kind inputs slots first slot sums")
@@ -110,5 +116,3 @@ IDENTITY = contract.ACTIVATIONS.index("identity")
 # Activations whose derivative is had from z, and not from act(z).
 NEEDS_Z = tuple(place for place, name in enumerate(contract.ACTIVATIONS) if name in contract.NEEDS_Z)
 NUMBERS, WORD, PIECES, BAG = range(len(KINDS))
-# Kinds of ``contract.Norm``, from 1 on.
-LAYER_NORM = 1 + contract.NORMS.index("layer")
