@@ -11,7 +11,7 @@ Options of all of them, by keyword:
 - ``ema``: 0, or the decay of a moving average of the parameters, such as 0.999 (Polyak and Juditsky, 1992): training
   goes on from the parameters, and all else reads the average: ``predict``, validation, ``state_dict``, files
 - ``accumulate``: the number of batches whose mean gradient makes one update
-- ``decay_biases``: False excludes the biases, the PReLU slopes, normalisations and members' factors from weight decay
+- ``decay_biases``: False excludes all but the weights of layers from weight decay
 - ``per_parameter``: a mapping of patterns (as in file names: ``0.*``, ``*.bias``) to ``ParameterOptions``;
   the first pattern that matches a parameter's name decides
 """
@@ -135,7 +135,7 @@ class Optimizer(Description):
         own, weight_decay = self.own_options(name), self.weight_decay
         if own.weight_decay is not None:
             weight_decay = own.weight_decay
-        elif not self.decay_biases and _is_bias_or_slope(name):
+        elif not self.decay_biases and not _is_weight(name):
             weight_decay = 0.0
         return own.trainable, TensorRule(own.lr_factor, weight_decay)
 
@@ -217,11 +217,10 @@ for _cls in OPTIMIZERS.values():
     knows_names_of(_cls, _ELSEWHERE)
 
 
-def _is_bias_or_slope(name: str) -> bool:
-    """Tell by a name: layer l's weight has the number 2l, its PReLU slope 2l + 1, its normalisation none; members'
-    factors count."""
+def _is_weight(name: str) -> bool:
+    """Tell by a parameter's name: layer l's weight has the number 2l, a PReLU's slope 2l + 1."""
     number, _, tensor = name.partition(".")
-    return tensor != "weight" or not number.isdigit() or int(number) % 2 == 1
+    return tensor == "weight" and number.isdigit() and int(number) % 2 == 0
 
 
 def as_optimizer(value: str | Optimizer) -> Optimizer:

@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.blocks import Frequency, Normalisation
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.losses import GaussianNLL, Quantiles
-from fusemlp.describe.network import MLP, NORM
+from fusemlp.describe.network import MLP, layer_of
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_graph import INPUT, Graph, Tensor, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
@@ -88,7 +89,7 @@ def onnx_bytes(
     if scale:
         x = (x - graph.constant(scale[MEAN], MEAN)) / graph.constant(scale[SCALE], SCALE)
     if engine.network.encoding is not None:
-        x = graph.encoded(x, engine.network.encoding, engine.network.sizes[0])
+        x = _encoded(graph, x, engine.network.encoding, engine.network.sizes[0])
     if engine.network.members > 1:
         y = _mean_of_members(graph, x, engine, parameters)
     else:
@@ -102,14 +103,30 @@ def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Arra
     starts, inputs = {last: first for first, last in net.blocks}, []
     for layer, activation in enumerate(net.activations):
         inputs.append(x)
-        tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
-        x = graph.add("Gemm", x, *tensors, transB=1)
+        weight, bias, *rest = [graph.constant(parameters[key], key) for key in parameters if layer_of(key) == layer]
+        x = graph.add("Gemm", x, weight, bias, transB=1)
         if (norm := net.norm(layer)) is not None:
-            keys = [f"{2 * layer}{NORM}.{tensor}" for _, tensor, _ in norm.tensors]
-            x = graph.normalised(x, norm, *(graph.constant(parameters[key], key) for key in keys))
-        x = graph.activation(x, activation, parameters.get(f"{2 * layer + 1}.weight"))
+            x = _normalised(graph, x, norm, *rest)
+        x = graph.activation(x, activation, *rest)
         x = x + inputs[starts[layer]] if layer in starts else x
     return inputs[-1], x
+
+
+def _encoded(graph: Graph, x: Tensor, encoding: Frequency, inputs: int) -> Tensor:
+    """Append the waves of ``inputs`` columns x; the period of 2 is taken out before pi, which rounds."""
+    each = graph.add("Reshape", x, np.array([0, inputs, 1, 1]))
+    t = each * 2.0 ** np.arange(encoding.octaves)[:, None]
+    angle = (t - graph.add("Round", t * 0.5) * 2.0) * np.pi
+    waves = graph.add("Concat", graph.add("Sin", angle), graph.add("Cos", angle), axis=3)
+    flat = graph.add("Reshape", waves, np.array([0, 2 * inputs * encoding.octaves]))
+    return graph.joined([x, flat]) if encoding.inputs else flat
+
+
+def _normalised(graph: Graph, z: Tensor, norm: Normalisation, weight: Tensor, *bias: Tensor) -> Tensor:
+    """Append the normalisation of rows z; without a mean it is an operator of its own only from opset 23 on."""
+    if norm.centred:
+        return graph.add("LayerNormalization", z, weight, *bias, epsilon=norm.eps)
+    return z / graph.add("Sqrt", graph.add("ReduceMean", z * z, np.array([1])) + norm.eps) * weight
 
 
 def _deviations(graph: Graph, hidden: Tensor, raw: Tensor, engine: Session, loss: GaussianNLL) -> Tensor:
@@ -145,7 +162,7 @@ def _mean_of_members(graph: Graph, x: Tensor, engine: Session, parameters: Mappi
             transposed = weight.reshape(net.members, -1, weight.shape[1]).swapaxes(1, 2)
         x = graph.add("MatMul", x, graph.constant(transposed, at + "weight"))
         x = x * factor(at + "s") if hidden else x
-        x = graph.activation(x + factor(at + "bias"), activation, None)
+        x = graph.activation(x + factor(at + "bias"), activation)
     if kind == "cross_entropy":
         return graph.log_mean_exp(graph.add("LogSoftmax", x, axis=2), net.members)
     if kind == "binary_cross_entropy":

@@ -19,9 +19,7 @@ from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.textfiles import MISSING
-from fusemlp.describe.blocks import Frequency, LayerNorm, Normalisation
 from fusemlp.describe.network import Activation
-from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
@@ -143,26 +141,11 @@ class Graph:
         """Return the columns of tensors beside one another."""
         return tensors[0] if len(tensors) == 1 else self.add("Concat", *tensors, axis=1)
 
-    def encoded(self, x: Tensor, encoding: Frequency, inputs: int) -> Tensor:
-        """Append the waves of ``inputs`` columns x; the period of 2 is taken out before pi, which rounds."""
-        each = self.add("Reshape", x, np.array([0, inputs, 1, 1]))
-        t = each * 2.0 ** np.arange(encoding.octaves)[:, None]
-        angle = (t - self.add("Round", t * 0.5) * 2.0) * math.pi
-        waves = self.add("Concat", self.add("Sin", angle), self.add("Cos", angle), axis=3)
-        flat = self.add("Reshape", waves, np.array([0, 2 * inputs * encoding.octaves]))
-        return self.joined([x, flat]) if encoding.inputs else flat
-
-    def normalised(self, z: Tensor, norm: Normalisation, weight: Tensor, *bias: Tensor) -> Tensor:
-        if isinstance(norm, LayerNorm):
-            return self.add("LayerNormalization", z, weight, *bias, epsilon=norm.eps)
-        # an operator of its own only from opset 23 on
-        return z / self.add("Sqrt", self.add("ReduceMean", z * z, np.array([1])) + norm.eps) * weight
-
-    def activation(self, z: Tensor, activation: Activation, slope: Array | None) -> Tensor:
+    def activation(self, z: Tensor, activation: Activation, *slope: Tensor) -> Tensor:
         row, fixed = ROWS[activation.name], activation.fixed_slope
         if row.onnx:
             options: dict[str, Any] = {} if fixed is None else {"alpha": fixed}
-            return self.add(row.onnx, z, *([slope] if row.learned else []), **options)
+            return self.add(row.onnx, z, *(slope if row.learned else ()), **options)
         functions: dict[str, Callable[..., Tensor]] = {
             **{name: partial(self.add, operator) for name, operator in FUNCTIONS.items()},
             "log1p": lambda t: self.add("Log", t + 1.0),

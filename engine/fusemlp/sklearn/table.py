@@ -193,7 +193,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         values |= {name: values[name] or None for name in ("drop", "keep", "categorical")}
         values["hidden"] = None if values["hidden"] == (DEFAULT_WIDTH,) else values["hidden"]
         values["early_stopping"] = self.early_stopping or 0
-        if self.early_stopping == PATIENCE and self.adversarial is None:
+        if self.early_stopping == PATIENCE and self.adversarial != "ibp":
             values["early_stopping"] = None
         values["models"] = 1 if self.callbacks else self.models
         return TableRecipe(**values, seed=self._seed())

@@ -200,7 +200,7 @@ def decide(
             preprocessor = fit_preprocessor(dataset, some, loss=loss, **scaled)
             first, last = network_ends(preprocessor, loss)
             widths = first, *descriptions.hidden_widths(recipe.hidden), last
-            network = descriptions.network(widths, recipe, init=recipe.init)
+            network = descriptions.network(widths, recipe)
             optimizer, machine = descriptions.optimizer(recipe), descriptions.engine_options(recipe)
             fleet = Fleet(network, loss, optimizer, vary={"seed": range(TRIALS)}, **machine)
             errors.append(_error(dataset, some, parts, preprocessor, fleet, limit))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
 
+# The fields that are arguments of the network, but for its widths and members.
+_OF_NETWORK = signature(MLP).parameters.keys() - {"sizes", "members"}
 # The fields of each kind of description, with the names that they and their errors have there.
 _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"label_smoothing": ("label_smoothing",), "delta": ("delta",), "quantile": ("q",)},
@@ -126,8 +129,9 @@ def dropout_rates(recipe: StepRecipe) -> Any:
     return rates if len(rates) > 1 else rates[0]
 
 
-def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", members: int = 1) -> MLP:
+def network(sizes: Sequence[int], recipe: StepRecipe, *, members: int = 1) -> MLP:
     """Return the network of these widths; the recipe's ``slope`` is that of the activations that have one."""
+    arguments = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name in _OF_NETWORK}
     activation: Any = recipe.activation
     if isinstance(activation, str):
         activation = [as_activation("activation", name.strip()) for name in activation.split(",")]
@@ -139,15 +143,8 @@ def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", mem
             raise ArgumentError(f"slope: only {one_of(SLOPES, 'and')} have one, got activation {recipe.activation!r}")
         activations = [Activation(part.name, recipe.slope) if part.name in SLOPES else part for part in activations]
         activation = activations if several else activations[0]
-    return MLP(
-        sizes,
-        activation=activation,
-        output_activation=recipe.output_activation,
-        dropout=dropout_rates(recipe),
-        init=init,
-        members=members,
-        norm=recipe.norm,
-    )
+    arguments |= {"activation": activation, "dropout": dropout_rates(recipe)}
+    return MLP(sizes, members=members, **arguments)
 
 
 def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:

@@ -338,9 +338,7 @@ def prepare(
         preprocessor = like or row_sets.fit_preprocessor(dataset, training, loss=name, **options)
         first, last = row_sets.network_ends(preprocessor, name)
         widths = descriptions.hidden_widths(recipe.hidden)
-        net = network or descriptions.network(
-            (first, *widths, last * learns.width), recipe, init=recipe.init, members=members
-        )
+        net = network or descriptions.network((first, *widths, last * learns.width), recipe, members=members)
     coded = reads and row_sets.saves(preprocessor)
     count = len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1]))
     row_sets.check_memory(preprocessor, count, recipe.precision, codes=coded)

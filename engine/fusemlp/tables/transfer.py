@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from fusemlp.fleet.merge import LEAST_ROWS, default_models, members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
-from fusemlp.tables.recipe import TableRecipe
+from fusemlp.tables.recipe import ModelRecipe, TableRecipe
 from fusemlp.training.transfer import taken_over
 from fusemlp_kernels.errors import ArgumentError
 
@@ -28,7 +28,7 @@ Recipe = TypeVar("Recipe", bound=TableRecipe)
 # Options that need a run, and options that decide what the run has decided.
 _OWN = ("freeze", "probe", "layer_decay")
 _DECIDED = (
-    *("hidden", "activation", "slope", "norm", "output_activation", "init"),
+    *(field.name for field in fields(ModelRecipe) if field.metadata["panel"] == "Network" and field.name != "dropout"),
     *("scale", "drop", "keep", "categorical"),
 )
 _LOSS = ("loss", "label_smoothing", "delta", "quantile")

@@ -1,7 +1,8 @@
-"""Read a torch module as a multi-layer perceptron, or report the part that cannot be fused."""
+"""Read a torch module as a multi-layer perceptron, or report the part that cannot be fused; and make one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fusemlp.describe.blocks import NORMS, Frequency, Normalisation
 from fusemlp.describe.checks import as_kind
-from fusemlp.describe.network import MLP, Activation, rolled
+from fusemlp.describe.network import MLP, NORM, Activation, rolled
 from fusemlp.inputs.arrays import Array
 from fusemlp.torch.trace import Part, Skip, inner_path, trace_parts
 from fusemlp_kernels.errors import ArgumentError, DTypeError
@@ -170,6 +171,28 @@ def as_module(activation: Activation, **factory: Any) -> nn.Module:
     row = ACTIVATIONS[activation.name]
     slope = {row.argument: activation.slope} if row.argument else {}
     module: nn.Module = getattr(nn, str(row.torch))(**slope, **(factory if row.learned else {}))
+    return module
+
+
+def as_sequential(net: MLP, scale: Any, dtype: torch.dtype) -> nn.Sequential:
+    """Return new modules for a network without members, after those that scale and encode its inputs."""
+    module = ResidualSequential() if net.blocks else nn.Sequential()
+    starts = {last: first for first, last in net.blocks}
+    if scale is not None:
+        module.add_module("normalise", Normalise(scale.mean, scale.scale))
+    if net.encoding is not None:
+        module.add_module("encoding", Waves(net.encoding))
+    for layer, (inputs, outputs) in enumerate(pairwise(net.widths)):
+        module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
+        norm, chosen, name = net.norm(layer), net.activations[layer], str(2 * layer + 1)
+        if norm is not None:
+            module.add_module(f"{2 * layer}{NORM}", getattr(nn, norm.torch)(outputs, eps=norm.eps, dtype=dtype))
+        if chosen.name != "identity":
+            module.add_module(name, as_module(chosen, dtype=dtype))
+        if net.dropouts[layer]:
+            module.add_module(f"{name}_dropout", nn.Dropout(net.dropouts[layer]))
+        if layer in starts:
+            module.add_module(f"{name}_sum", AddInput(str(2 * starts[layer])))
     return module
 
 
@@ -370,16 +393,14 @@ def _slots(layers: list[_Layer]) -> dict[str, Slot]:
     seen: dict[int, str] = {}
     first: Slot | None = None
     for index, layer in enumerate(layers):
-        places = [("w", "weight", layer.linear)]
-        if layer.linear.module.bias is not None:
-            places.append(("b", "bias", layer.linear))
+        places = [("w", "weight", layer.linear), ("b", "bias", layer.linear)]
         if layer.norm is not None:
-            norm = layer.norm.module
-            tensors = [(kind, name) for kind, name, _ in _NORMS[type(norm)].tensors if getattr(norm, name) is not None]
-            places += [(kind, name, layer.norm) for kind, name in tensors]
+            places += [(kind, name, layer.norm) for kind, name, _ in _NORMS[type(layer.norm.module)].tensors]
         if layer.activation is not None and isinstance(layer.activation.module, nn.PReLU):
             places.append(("s", "weight", layer.activation))
         for short, name, part in places:
+            if getattr(part.module, name) is None:
+                continue
             slot = Slot(inner_path(part.path, name), getattr(part.module, name))
             first = first or slot
             _check_parameter(slot, first)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fusemlp.describe.checks import as_kind
 from fusemlp.describe.losses import CrossEntropy, OwnLoss
-from fusemlp.describe.network import NORM
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
@@ -37,24 +36,7 @@ def to_torch(engine: Engine) -> nn.Sequential:
     net = engine.network
     net.check_single("engine", "to_torch")
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
-    dtype = next(iter(state.values())).dtype
-    module = modules.ResidualSequential() if net.blocks else nn.Sequential()
-    starts = {last: first for first, last in net.blocks}
-    if engine.scaling.scale is not None:
-        module.add_module("normalise", modules.Normalise(engine.scaling.scale.mean, engine.scaling.scale.scale))
-    if net.encoding is not None:
-        module.add_module("encoding", modules.Waves(net.encoding))
-    for layer, (inputs, outputs) in enumerate(zip(net.widths, net.widths[1:], strict=False)):
-        module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
-        norm, chosen, name = net.norm(layer), net.activations[layer], str(2 * layer + 1)
-        if norm is not None:
-            module.add_module(f"{2 * layer}{NORM}", getattr(nn, norm.torch)(outputs, eps=norm.eps, dtype=dtype))
-        if chosen.name != "identity":
-            module.add_module(name, modules.as_module(chosen, dtype=dtype))
-        if net.dropouts[layer]:
-            module.add_module(f"{name}_dropout", nn.Dropout(net.dropouts[layer]))
-        if layer in starts:
-            module.add_module(f"{name}_sum", modules.AddInput(str(2 * starts[layer])))
+    module = modules.as_sequential(net, engine.scaling.scale, next(iter(state.values())).dtype)
     module.load_state_dict(state)
     return module
 

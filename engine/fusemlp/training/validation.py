@@ -42,7 +42,7 @@ class Validation:
         return loss if not self.metrics else lambda: {**loss(), **engine.inference.figures(self.data, self.metrics)}
 
     def _loss_of(self, engine: Session) -> Callable[[], dict[str, float]]:
-        kind = (*engine.network.key_without("dropouts", "init"), engine.loss)
+        kind = (*engine.network.key_without("dropouts", "init"), engine.loss) if self.common else ()
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
             alone = engine.inference.evaluation(self.data)
             return lambda: alone(engine.memory)
