@@ -208,7 +208,7 @@ class Agreed:
         return [one or other for one, other in zip(own, self.flags, strict=True)]
 
     def of_first(self, values):
-        return [next(self.first)]
+        return dict.fromkeys(values, next(self.first))
 
 
 def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(tmp_path, whole, monkeypatch):

@@ -75,7 +75,7 @@ class Pair(Ranks):
         return [flag or once for flag in flags]
 
     def of_first(self, values):
-        return np.array(values)
+        return dict(values)
 
     def check_same(self, things):
         pass

@@ -139,7 +139,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             runs.discard_begun(run)
         return options, False
     # another's run is refused, as it was before the restart
-    (again,) = map(bool, ranks.of_first([sessions.own_job(options).items() <= open_run(folder)[1].items()]))
+    again = ranks.of_first({"job": sessions.own_job(options).items() <= open_run(folder)[1].items()})["job"] > 0
     if not again or options.resume is not None:
         return options, again
     if anew and ranks.leads and not options.quiet:

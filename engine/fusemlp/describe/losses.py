@@ -73,6 +73,8 @@ class Loss(Description):
     takes_logits: ClassVar[str] = ""
     # whether targets are classes; ``predict`` then returns classes
     is_classification: ClassVar[bool] = False
+    # whether it is a function of the caller's (the op own_loss), not a kernel
+    on_host: ClassVar[bool] = False
     _: KW_ONLY
     reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
 
@@ -80,11 +82,6 @@ class Loss(Description):
     def class_weight(self) -> ClassWeights | None:
         """A weight for each class; only cross_entropy has them."""
         return None
-
-    @property
-    def on_host(self) -> bool:
-        """True if it is a function of the caller's (the op own_loss), not a kernel."""
-        return False
 
     @property
     def numpy_only(self) -> bool:

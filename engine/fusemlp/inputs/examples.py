@@ -385,8 +385,6 @@ class DeviceInputs:
 
     def counts_hits(self, targets: Targets) -> bool:
         """Return whether these targets have an accuracy."""
-        if self.loss.on_host:
-            return False
         if self.loss.is_classification:
             return True
         if self.loss.kind not in ("mse", "mae", "huber"):

@@ -89,7 +89,7 @@ class BoundProgram:
                 **({"card": True} if plan == "card" else {}),
             }
             return (bind(0, "train_resident", loop),)
-        return tuple(bind(at, *call) for at, call in enumerate(resolved))
+        return tuple([bind(at, *call) for at, call in enumerate(resolved)])
 
     def use(self, calls: tuple[Callable[..., object], ...]) -> None:
         """Let a step be these calls from now on."""

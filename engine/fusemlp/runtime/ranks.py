@@ -177,9 +177,9 @@ class Single:
         """Return for each flag whether it is set on a rank."""
         return [*flags]
 
-    def of_first(self, values: Sequence[float]) -> Array:
-        """Return the values that rank 0 has, float64."""
-        return np.array(values, np.float64)
+    def of_first(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the values that rank 0 has, by name, by which all ranks decide."""
+        return dict(zip(values, map(float, values.values()), strict=True))
 
     def check_same(self, things: Mapping[str, Any]) -> None:
         """Raise DistributedError on every rank, naming the thing, unless arrays, or others' texts, are alike."""
@@ -366,10 +366,10 @@ class Ranks(Single):
         self.add(counts)
         return [bool(count) for count in counts]
 
-    def of_first(self, values: Sequence[float]) -> Array:
-        found = np.array(values, np.float64)
+    def of_first(self, values: Mapping[str, float]) -> dict[str, float]:
+        found = np.array([*values.values()], np.float64)
         self._collective(lambda: self._dist.broadcast(self._tensor(found), src=0, group=self._group))
-        return found
+        return dict(zip(values, found.tolist(), strict=True))
 
     def texts(self, text: str) -> list[str]:
         """Return the texts of all ranks."""

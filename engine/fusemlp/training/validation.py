@@ -232,18 +232,15 @@ class FitPolicy(Policy):
 
     def validate(self) -> bool:
         if self._validate is not None:
-            self._held = self._agreed({f"val_{name}": value for name, value in self._validate().items()})
+            held = {f"val_{name}": value for name, value in self._validate().items()}
+            self._held = self.engine.ranks.of_first(held)
         return math.isfinite(self._held.get("val_loss", 0.0))
-
-    def _agreed(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return the quantities by which all ranks decide."""
-        return dict(zip(logs, self.engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         engine, state = self.engine, self.state
         logs = metrics_of(stats, self.spec) | self._held
         logs |= {**engine.ledger.figures(lambda: engine.update_count), "learning_rate": rate}
-        logs = self._agreed(logs)
+        logs = engine.ranks.of_first(logs)
         if state.epoch >= self.settles:
             self._judge(self._sign * logs[self._monitor])
         engine.epochs_trained = state.epoch + 1
