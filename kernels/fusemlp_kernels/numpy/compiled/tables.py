@@ -29,8 +29,8 @@ def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
 # partial results, partial_count numbers a block; sums of pieces; random numbers of a row, lanes_row words a block or
 # task; zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and how many of
 # them come before the first step only. The state of a launch: the steps to do, the step, the phase. noisy: the row
-# numbers where the gradients get noise; its key. blocks: those of a phase that is cut by rows; row_tasks: the
-# tasks that share them in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. order, totals:
+# numbers where the gradients get noise; its key. blocks: those of a phase that is cut by rows; row_tasks: the tasks
+# that share them in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. order, totals:
 # scratch of a task for the rows of each code, and for sums of them. Then the hyperparameters; the largest norm; what
 # gradients are multiplied by in the update; the deviation and the divisor of noise.
 HEAD = _record(
