@@ -90,7 +90,7 @@ class Dropout:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What the kernels of cards are told: where the random words are, the least of those that keep, the factor."""
+        """The numbers of the kernels of cards: the place of the random words, the least that keeps, and the factors."""
         (key0, key1), least, share = philox.seed_key(self.seed), philox.threshold(self.rate), 1.0 - self.rate
         # a rate that rounds to one drops everything
         factors = {"keep_scale": 0.0 if least == 1 << 16 else 1.0 / share, "kept_share": share}

@@ -251,8 +251,7 @@ def launch(work: int, job: int, tasks: int) -> None:
     compiled("team").alone(work, job, _caller.room[1])
 
 
-# Names and fields of ``compiled.tables``, and names of the printed formulas, that a table may do without, so that no
-# code is compiled for them.
+# Names of ``compiled.tables`` and of the printed formulas that a table may do without, as the fields ``OPTIONAL``.
 OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
 NAMES = frozenset(
     {
