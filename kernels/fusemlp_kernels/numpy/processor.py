@@ -14,10 +14,11 @@ TILES = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512bw")
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18
 
 
-def first_cache() -> int:
-    """Return the bytes of the first data cache of a core; 0 where they are unknown."""
+def cache(level: int) -> int:
+    """Return the bytes of a core's cache of this level, 1 (that of data) or 2; 0 where they are unknown."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cache", {1: "index0", 2: "index2"}[level])
     try:
-        return int(Path("/sys/devices/system/cpu/cpu0/cache/index0/size").read_text().strip().removesuffix("K")) << 10
+        return int((folder / "size").read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
         return 0
 

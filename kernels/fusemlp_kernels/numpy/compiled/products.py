@@ -33,7 +33,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
 from fusemlp_kernels.numpy.compiled.tables import LINE, PANEL
 from fusemlp_kernels.numpy.compiled.vectors import INDEX, VectorCode, folded, looped, number, opaque
 from fusemlp_kernels.numpy.plan import Cut
-from fusemlp_kernels.numpy.processor import first_cache
+from fusemlp_kernels.numpy.processor import cache
 
 # Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
 # which there are 32, on x86 before AVX-512 16.
@@ -258,10 +258,11 @@ def transpose_square(
 
 # Operands are copied where this was measured to pay, on x86: in registers of 32 bytes and less, and in longer ones
 # where the cache has 48 KB, as Intel's have it since Ice Lake.
-COPIES = X86 and (REGISTER_BYTES < 64 or first_cache() >= 48 << 10)
-# Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
-# b to the last beyond which; numbers between the tiles of a copy of a, for each row.
-HALF, STRIP_ROWS, CACHED, BETWEEN = 40960 if REGISTER_BYTES < 64 else 9 << 14, 4 * TILE_ROWS, 1 << 15, 2
+COPIES = X86 and (REGISTER_BYTES < 64 or cache(1) >= 48 << 10)
+# Numbers of each of the two copies, which take a bit over half of the second cache in float32; rows of a product for
+# which a strip of b is copied, and bytes from the first row of b to the last beyond which; numbers between the tiles of
+# a copy of a, for each row.
+HALF, STRIP_ROWS, CACHED, BETWEEN = max(40960, cache(2) * 9 // 128), 4 * TILE_ROWS, 1 << 15, 2
 # Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
 CUT = Cut(math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0)
 # The bytes of both copies, in the largest type.
@@ -439,6 +440,6 @@ def by_address(real: Any) -> tuple[Any, Any, Any]:
     def copy_of(function: Any, floats: Sequence[int]) -> Any:
         own = python.FunctionType(function.__code__, names, function.__name__)
         kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
-        return kept_for_calls(lambda: own, own.__name__, f"{np.dtype(real).name} {COPIES}", kinds)
+        return kept_for_calls(lambda: own, own.__name__, f"{np.dtype(real).name} {COPIES} {HALF}", kinds)
 
     return copy_of(_product, (9, 10)), copy_of(_pack, ()), copy_of(_dots, ())
