@@ -42,8 +42,8 @@ SOURCE, LIBRARY = Path(__file__).with_name("cpuid.c"), "cpuid.so"
 def limited(isa: str | None) -> Iterator[dict[str, str]]:
     """Yield the variables of a process that uses no wider instructions than ``isa``, {} for None.
 
-    What is wider than AVX2 Linux hides from every library, where the processor lets CPUID fault and there is a compiler
-    (see cpuid.c). Else a library is limited by its own variables, if it reads any.
+    Linux hides wider ones than AVX2 from every library, if the processor lets CPUID fault and there is a compiler (see
+    cpuid.c). Else a library is limited by its own variables, if it reads any.
     """
     settings, information = SETTINGS.get(isa or "", {}), Path("/proc/cpuinfo")
     compiler = shutil.which("cc") if isa == "avx2" and information.is_file() else None

@@ -5,7 +5,7 @@ bench`` or one of its other commands wrote it. A mark may choose some rows and c
 ``<!-- bench FILE.jsonl cases=64-32-10@32,784-10-10@32 peers=engine,torch_eager -->``; ``brief`` leaves medians alone.
 
 The command writes every table anew. With a file as argument, that file replaces the marked files of the same kind:
-of the same door or study, or of the same number of processes that spun beside the contenders.
+of the same door or study, or of the same instruction set and number of processes that spun beside the contenders.
 ``--gpu DIR`` takes the results of ``ci/gpu``: it copies them to bench/results, and writes a section with the card's
 name between ``<!-- gpu -->`` and ``<!-- /gpu -->`` of bench/README.md; that of another card stays.
 ``--check`` changes nothing and reports whether the tables agree with the results.
@@ -100,13 +100,14 @@ def written(text: str, file: Path | None = None, name: str = "README.md") -> str
 
 
 def kind(path: Path) -> str:
-    """Return the name of the door or study that wrote the file; "" for ``python -m bench``, "busy N" with --busy.
+    """Return the name of the door or study that wrote the file; "" for ``python -m bench``, "avx2 busy N" with options.
 
     Figures of a card are of a kind with its name, and with the backend and precision of a study.
     """
     first = read(path)[0] if path.is_file() else {}
     busy = f"busy {first['busy']}" if first.get("busy") else ""
-    found = str(first.get("door", first.get("study", busy)))
+    limits = f"{first.get('isa') or ''} {busy}".strip()
+    found = str(first.get("door", first.get("study", limits)))
     if first.get("card"):
         studied = f"{first.get('backend')} {first.get('precision')} " if "study" in first else ""
         found = f"{found} {studied}on {first['card']['name']}".strip()
