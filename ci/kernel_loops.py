@@ -33,8 +33,9 @@ TRITON_NAME = re.compile(r"_\$_(?P<name>\w+?)__[A-Zi]")
 CONTROL_BITS, MOST_STALLS = 105 - 64, 15
 # An unrolled loop has these as often for each copy of the body, and so has the code after it that does the rest.
 REPEATED = ("LDG", "LDGSTS", "LDGDEPBAR", "LDS", "LDSM", "STS", "STG", "BAR", "HMMA", "HGMMA", "UTCHMMA")
-# A loop of these alone waits for a barrier; its passes take no time of their own.
-WAITING = {"SYNCS", "BRA"}
+# A loop of these alone waits for a barrier, and one that empties the L1 cache, but calls nothing, for other programs;
+# its passes take no time of their own.
+WAITING, ACQUIRE = {"SYNCS", "BRA"}, "CCTL"
 TABLES = ("BRX", "BRXU")
 LEAVES = ("EXIT", "RET")
 
@@ -200,7 +201,8 @@ class _Flow:
         return sorted((loop for loop in found if not self.waits(loop)), key=lambda loop: len(loop.body))
 
     def waits(self, loop: Loop) -> bool:
-        return {self.instructions[at].name for block in loop.body for at in self.spans[block]} <= WAITING
+        names = {self.instructions[at].name for block in loop.body for at in self.spans[block]}
+        return names <= WAITING or (ACQUIRE in names and "CALL" not in names)
 
     def repeated(self, blocks: Iterable[int]) -> Counter[tuple[str, tuple[str, int] | None, int]]:
         """Count the instructions of ``REPEATED`` by name, line of the source, and function."""

@@ -195,11 +195,8 @@ def card_phases(launch: Recorded) -> tuple[list[list[dict[str, int]]], dict[str,
     down, blocks = over(batch, tile.rows), over(batch, tile.output_rows)
     along, back = over(batch, tile.split * tile.depth), launch.arguments["lowest"] < len(sizes) - 1
 
-    def own(tiles: int, worker: int, dealt: int = 0) -> int:
-        return max(over(tiles - (worker - dealt) % workers, workers), 0)
-
     def shared(name: str, loop: str, tiles: int, passes: int, **once: int) -> list[dict[str, int]]:
-        counts = [own(tiles, worker) for worker in range(workers)]
+        counts = [len(range(worker, tiles, workers)) for worker in range(workers)]
         return [{name: count, loop: count * passes, **once} for count in counts]
 
     def passes(reduction: int) -> int:
@@ -211,15 +208,14 @@ def card_phases(launch: Recorded) -> tuple[list[list[dict[str, int]]], dict[str,
         )
         for n, k in sizes[:-1]
     ]
-    n, k = sizes[-1]
+    k = sizes[-1][1]
     tiles = blocks * (over(k, tile.columns) if back else 1)
     loss = shared(
-        "loss_and_gradient", "output_tile.affine_tile_of_parts", tiles, passes(k), **{"loss_and_gradient()": 1}
+        "loss_and_gradient", "loss_and_gradient.affine_tile_of_parts", tiles, passes(k), **{"loss_and_gradient()": 1}
     )
     weighing = _weighing(launch, CHUNK.value)
     for trips in loss:
-        count = trips["loss_and_gradient"] * back
-        trips |= {"backward": count, "backward.input_sums_of_parts": count, "loss_and_gradient.normaliser_of": weighing}
+        trips |= {"loss_and_gradient.normaliser_of": weighing}
     lower = sizes[launch.arguments["lowest"] + 1 : -1]
     phases += [loss]
     phases += [
@@ -228,17 +224,15 @@ def card_phases(launch: Recorded) -> tuple[list[list[dict[str, int]]], dict[str,
         )
         for n, k in lower[::-1]
     ]
-    last = [dict[str, int]() for _ in range(workers)]
-    for worker, trips in enumerate(last):
-        dealt = weights = biases = 0
-        for n, k in sizes:
-            wide = over(n, tile.weight_rows) * over(k, tile.weight_columns)
-            weights += own(wide, worker, dealt)
-            biases += own(over(n, card.VECTOR.value), worker, dealt + wide)
-            dealt += wide + over(n, card.VECTOR.value)
-        trips |= {"card_kernel 4": len(sizes), "gradients_of_layer 2": len(sizes)}
-        trips |= {"gradients_of_layer": weights, "gradients_of_layer.weight_tile": weights * along}
-        trips |= {"gradients_of_layer 3": biases, "gradients_of_layer.column_sums": biases * along}
+    counts = [(over(n, tile.weight_rows) * over(k, tile.weight_columns), over(n, card.VECTOR.value)) for n, k in sizes]
+    kinds = [kind for weights, biases in counts for kind in "w" * weights + "b" * biases]
+    last = []
+    for worker in range(workers):
+        mine = kinds[worker::workers]
+        weights, biases = mine.count("w"), mine.count("b")
+        trips = {"card_kernel 4": len(mine), "gradients_of_layer 2": len(mine), "gradients_of_layer": weights}
+        trips |= {"gradients_of_layer.weight_tile": weights * along, "gradients_of_layer 3": biases}
+        last.append(trips | {"gradients_of_layer.column_sums": biases * along})
     keeping = {"keep()": 1, "keep.sums_of_all": over(blocks, PARTIALS), "keep.normaliser_of": weighing}
     return [*phases, last], keeping
 

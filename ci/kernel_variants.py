@@ -99,7 +99,7 @@ POINTERS = {
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
-    **{"arrived": "i64", "copies": "compute", "hyper_copies": "fp64"},
+    **{"arrived": "i64", "copies": "fp64"},
     "ticket": "i32",
     **{f"{name}{index}": kind for name, kind in (("w", "compute"), ("b", "fp32")) for index in range(3)},
 }

@@ -302,6 +302,11 @@ def test_the_work_of_a_launch_and_its_clock_count():
     assert slow - doubled == pytest.approx((slow - kernel_model.H100.launch) / 2)
 
 
+def test_a_wait_for_other_programs_takes_no_name_from_a_loop_of_the_whole_card():
+    rows = [row for (kernel, _), row in kernel_model.recorded().items() if kernel == "card"]
+    assert rows and all({"card_kernel", "loss_and_gradient()", "keep()"} <= row["waits"].keys() for row in rows)
+
+
 def test_a_kernel_without_a_row_of_its_code_is_compiled(monkeypatch):
     goal, first = launch("784-128-10 b128 fp32", "linear")
     rows = kernel_model.recorded()

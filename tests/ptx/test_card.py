@@ -99,6 +99,8 @@ FAULTS = {
     "bias": (plain(linear.affine_tile_of_parts, "tl.load(b + at_n"), PLAIN),
     "batch": (plain(resident_layers.weight_tile), PLAIN),
     "column": (plain(gradients.column_sums), PLAIN),
+    "values": (plain(resident_layers.loss_and_gradient, "v = tl.load("), PLAIN),
+    "weights": (plain(resident_layers.loss_and_gradient, "w_tile = tl.load("), PLAIN),
     "losses": (plain(loss.sums_of_all), PLAIN),
     "rates": (plain(whole.card_kernel, "copied = tl.load("), PLAIN),
     # the line that Triton names for the load of the line before, too

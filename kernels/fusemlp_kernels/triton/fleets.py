@@ -403,8 +403,7 @@ def _bind(
         shadowed=int(shadowed), **_order(op, first, stored), **target_arguments(device, output),
         lowest=min(first.backward, default=len(table) - 1), arrived=device.zeros(1, "int64"),
         partials=device.zeros(-(-call.batch // tile.output_rows) * PARTIALS.value, "float64"),
-        copies=device.zeros(programs * tile.output_rows * tile.outputs, "compute"),
-        hyper_copies=device.zeros(programs * HYPER, "float64"),
+        copies=device.zeros(programs * HYPER, "float64"),
     )  # fmt: skip
     constants = configs.resident_constants(tile, device.product, first.loss.kind == "cross_entropy")
     launches: dict[int, Run] = {}

@@ -168,7 +168,7 @@ def output_and_loss(
         loss, hits, asked, part = output_tile(
             compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
             normaliser, dz, dz_row, counters, entry, M, depth, work_size, size, rows_size, label_step, target_row,
-            target_col, weight_step, ignored_low, ignored_high, first, BM, BN, BK, 1, PRODUCT, CROSS_ENTROPY, None,
+            target_col, weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
         )  # fmt: skip
         total += loss.to(tl.float64)
         right += hits

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fusemlp_kernels import contract
 from fusemlp_kernels.triton.clock import BATCH_INDEX, CODE, ROW_COUNT, ROW_OFFSET, RULE_FIELDS
+from fusemlp_kernels.triton.functions import keep_mask
 from fusemlp_kernels.triton.gradients import (
     TENSOR_FIELDS,
     column_sums,
@@ -20,13 +21,14 @@ from fusemlp_kernels.triton.gradients import (
 )
 from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
 from fusemlp_kernels.triton.loss import (
+    PARTIALS,
     SETTING_FIELDS,
     gradient_scale,
     ignored_label,
     loss_of_rows,
     normaliser_of,
 )
-from fusemlp_kernels.triton.pointwise_triton import PRELU, RULES, needs_z, stored_update
+from fusemlp_kernels.triton.pointwise_triton import PRELU, RULES, derivative, needs_z, stored_update
 from fusemlp_kernels.triton.tiles import batch_rows, masked_width, part_of, product, row_pitch, whole_sum
 
 # A row of the table of layers, int64: widths; the first element and the row pitch of the input (the first layer's
@@ -49,6 +51,7 @@ MEASURE, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, GRADIENTS, UPDATE, TICK = (
 )
 PHASE_LAYER: tl.constexpr = tl.constexpr(4)
 PHASE_WORDS, PHASE_LAYERS = 4, 16
+LAYERS: tl.constexpr = tl.constexpr(PHASE_LAYERS)
 # By model and layer: the numbers of the dropout, int64 (threshold 0: none), and factors, float32.
 DRAW_FIELDS = ("layer", "key0", "key1", "threshold")
 DRAW_LAYER, KEY0, KEY1, THRESHOLD = (tl.constexpr(place) for place in range(len(DRAW_FIELDS)))
@@ -69,6 +72,9 @@ _, STEPS, EPOCHS = (tl.constexpr(place) for place in range(len(LIVE_FIELDS)))
 LIVE_COLUMNS: tl.constexpr = tl.constexpr(len(LIVE_FIELDS))
 RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
 SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
+# The threads of a program on the whole card, at most. Of fewer elements Triton may load one twice, in two layouts, and
+# the later load would see what a thread has stored.
+THREADS: tl.constexpr = tl.constexpr(256)
 # Elements of the arenas in one step of a sweep.
 SWEEP: tl.constexpr = tl.constexpr(1024)
 # Numbers of a model in the arrays of the contract.
@@ -126,11 +132,14 @@ CHUNK: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def slope_of(row, shares, params):
-    """Return the slope below zero: prelu's own, else that of the table."""
-    learned = number(row, ACTIVATION) == PRELU
-    fixed = tl.load(shares + FIXED_SLOPE)
-    return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
+def slope_of(row, shares, params, CACHE: tl.constexpr):
+    """Return the slope below zero: prelu's own, else that of the table, as all are on the whole card."""
+    if CACHE is None:
+        learned = number(row, ACTIVATION) == PRELU
+        fixed = tl.load(shares + FIXED_SLOPE)
+        return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
+    else:
+        return tl.load(shares + FIXED_SLOPE)
 
 
 @triton.jit
@@ -157,7 +166,7 @@ def forward(
     x, x_row = input_of(compute, row, index, work)
     w, w_row, b = weights + whole(tl.load(row + W), True), number(row, W_ROW), params + tl.load(row + B)
     y, z = compute + whole(work + tl.load(row + Y), True), compute + whole(work + tl.load(row + Z), True)
-    slope = slope_of(row, share, params)
+    slope = slope_of(row, share, params, CACHE)
     layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
     store_z, wide = needs_z(activation), tl.cdiv(N, BN)
@@ -218,12 +227,11 @@ def output_tile(
     compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, normaliser,
     dz, dz_row, counters, entry, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
     ignored_low, ignored_high, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr, CACHE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Compute the output layer and ``dz`` of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses,
     the right answers, the answers asked for, and prelu's gradient."""
-    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, CACHE)
+    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, None)
     index, work, arena = depth - 1, model * work_size, whole(model * size, True)
     weights += arena
     params += arena
@@ -232,15 +240,10 @@ def output_tile(
     N, K, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, ACTIVATION)
     x, x_row = input_of(compute, row, index, work)
     w, w_row, b = weights + whole(tl.load(row + W), True), number(row, W_ROW), params + tl.load(row + B)
-    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
+    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params, None)
     scale = gradient_scale(hyper, normaliser, settings, 0)
     gather = tl.where(index == 0, 1, 0)
-    if SPLIT > 1:
-        z = affine_tile_of_parts(
-            x, w, b, batch, first, 0, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT, CACHE
-        )
-    else:
-        z = affine_tile(x, w, b, batch, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
+    z = affine_tile(x, w, b, batch, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
     at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
     result, loss, right, scored, below = loss_of_rows(
         z, at_m, at_n, count, scale, batch, labels, label_step, target, target_row, target_col, weight,
@@ -258,6 +261,74 @@ def gradient_at(compute, layers, index, work):
     """Return dz of a layer, and its row pitch."""
     row = layers + index * LAYER_COLUMNS
     return compute + whole(work + tl.load(row + DZ), True), number(row, PITCH)
+
+
+@triton.jit(noinline=True)
+def loss_and_gradient(
+    compute, weights, params, batch, layers, draws, shares, labels, target, weight, class_weight, settings, hyper,
+    partials, count, batch_index, depth, lowest, label_step, target_row, target_col, weight_step, ignored_low,
+    ignored_high, place, workers,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr,
+    PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Compute the outputs and dz of this program's rows, and its tiles of dz of the layer below; store the sums of the
+    losses by BM rows. Of programs with the same rows, which compute dz each for itself, one stores it for all."""
+    index, lower = depth - 1, tl.maximum(depth - 2, 0)
+    row, under = layers + index * LAYER_COLUMNS, layers + lower * LAYER_COLUMNS
+    draw, share = draws + lower * DRAW_COLUMNS, shares + lower * SHARE_COLUMNS
+    N, K, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, ACTIVATION)
+    x, x_row = input_of(compute, row, index, 0)
+    w, w_row, b = weights + whole(tl.load(row + W), True), number(row, W_ROW), params + tl.load(row + B)
+    y = compute + whole(tl.load(under + Z), True)
+    out, out_row = gradient_at(compute, layers, lower, 0)
+    dz, pitch = gradient_at(compute, layers, index, 0)
+    slope, blocks = tl.load(shares + index * SHARE_COLUMNS + FIXED_SLOPE), tl.cdiv(count, BM)
+    ignored = ignored_label(ignored_low, ignored_high)
+    normaliser = normaliser_of(
+        batch, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, 1, CHUNK
+    )
+    scale = gradient_scale(hyper, normaliser, settings, 0)
+    back = lowest < index
+    wide, width = tl.where(back, tl.cdiv(K, BN), 1), tl.where(back, masked_width(K, True), 0)
+    at_n = tl.arange(0, OUTPUTS)
+    for tile in range(place, blocks * wide, workers):
+        block, col = tile % blocks, tile // blocks * BN
+        at_m, at_k = block * BM + tl.arange(0, BM), col + tl.arange(0, BN)
+        far, inside = at_m.to(tl.int64)[:, None], (at_m < count)[:, None]
+        near, stored = far * row_pitch(out_row, True) + at_k[None, :], inside & (at_k < width)[None, :]
+        z = affine_tile_of_parts(
+            x, w, b, batch, block * BM, 0, count, N, K, x_row, w_row, 1, tl.where(index == 0, 1, 0), BM, OUTPUTS, BK,
+            SPLIT, PRODUCT, ".cg",
+        )  # fmt: skip
+        v = tl.load(y + near, mask=stored, other=0.0, cache_modifier=".cg").to(tl.float32)
+        w_at = w + at_n.to(tl.int64)[:, None] * row_pitch(w_row, True) + at_k[None, :]
+        w_tile = tl.load(w_at, mask=(at_n < N)[:, None] & (at_k < width)[None, :], other=0.0, cache_modifier=".cg")
+        layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
+        threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
+        formula, kept_share = number(under, ACTIVATION), tl.load(share + KEPT_SHARE)
+        slope_under = tl.load(share + FIXED_SLOPE)
+        result, loss, right, scored, below = loss_of_rows(
+            z, at_m, at_n, count, scale, batch, labels, label_step, target, target_row, target_col, weight,
+            weight_step, class_weight, ignored, N, settings, 1, activation, slope, BM, CROSS_ENTROPY,
+        )  # fmt: skip
+        # a sum of one number: without it Triton computes dz twice, in two layouts
+        result = tl.sum(result.to(compute.dtype.element_ty)[:, :, None], axis=2)
+        first = col == 0
+        dz_at = dz + far * row_pitch(pitch, True) + at_n[None, :]
+        tl.store(dz_at, result, mask=inside & (at_n < tl.where(first, masked_width(N, True), 0))[None, :])
+        sums = partials + block * PARTIALS
+        tl.store(sums, loss.to(tl.float64), mask=first)
+        tl.store(sums + 1, right.to(tl.float64), mask=first)
+        tl.store(sums + 2, scored.to(tl.float64), mask=first)
+        tl.store(sums + 3, below.to(tl.float64), mask=first)
+        g = tl.sum(result.to(tl.float32)[:, :, None] * w_tile.to(tl.float32)[None, :, :], axis=1)
+        if threshold > 0:
+            kept = keep_mask(block * BM, col, batch_index, layer, key0, key1, threshold, BM, BN)
+            g = tl.where(kept, g * keep_scale, 0.0)
+        if needs_z(formula) == 0:
+            v = v * kept_share
+        g = tl.where((at_k < K)[None, :], g * derivative(v, formula, slope_under), 0.0)
+        tl.store(out + near, g.to(compute.dtype.element_ty), mask=stored)
 
 
 @triton.jit(noinline=True)
@@ -280,7 +351,7 @@ def backward(
         dz, dz_row = gradient_at(compute, layers, index + 1, work)
     y = compute + whole(work + tl.load(row + Z), True)
     out, _ = gradient_at(compute, layers, index, work)
-    slope = slope_of(row, share, params + arena)
+    slope = slope_of(row, share, params + arena, CACHE)
     layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
     kept_share, wide = tl.load(share + KEPT_SHARE), tl.cdiv(K, BK)
@@ -351,6 +422,18 @@ def weight_tile(
     return whole_sum(acc, rest, PRODUCT)
 
 
+@triton.jit
+def tiles_of_layers(layers, depth, BN: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr):
+    """Return of each layer the tiles of ``gradients_of_layer``, and those up to its end, (LAYERS,) int32."""
+    at = tl.arange(0, LAYERS)
+    row, inside = layers + at * LAYER_COLUMNS, at < depth
+    N, K = tl.load(row + LAYER_N, mask=inside, other=0), tl.load(row + LAYER_K, mask=inside, other=0)
+    of_weights = tl.where(tl.load(row + W_TASK, mask=inside, other=-1) >= 0, tl.cdiv(N, BN) * tl.cdiv(K, BK), 0)
+    of_bias = tl.where(tl.load(row + B_TASK, mask=inside, other=-1) >= 0, tl.cdiv(N, VECTOR), 0)
+    tiles = (of_weights + of_bias).to(tl.int32)
+    return tiles, tl.sum(tl.where(at[None, :] <= at[:, None], tiles[None, :], 0), axis=1)
+
+
 @triton.jit(noinline=True)
 def gradients_of_layer(
     compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, measured,
@@ -411,6 +494,9 @@ def gradients_of_layer(
                 g = column_sums(dz, at, 0, count, N, dz_row, 1, VECTOR, BM, CACHE)
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
+            if CACHE is not None:
+                copy = tl.arange(0, THREADS // VECTOR)[:, None]
+                at, mask, g = at[None, :] + 0 * copy, mask[None, :] & (copy == 0), g[None, :] + 0.0 * copy
             finish_gradient(
                 g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
                 code, stored, 0,
