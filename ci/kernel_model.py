@@ -160,7 +160,7 @@ def expected(launch: Recorded, work: Work, row: Row, goal: Goal, card: Card = H1
         name: sum(number * each.needs[name] for number, each in groups) / card.processors for name in groups[0][1].needs
     }
     limits |= {"waits": waves * max(each.alone for _, each in groups), "memory": memory * card.clock}
-    start = 0.0 if launch.name == "resident" else card.launch
+    start = 0.0 if launch.name in ("resident", "chip") else card.launch
     seconds = start + max(cycles / card.clock, memory)
     limit = max(limits, key=lambda name: limits[name])
     return Expected(call_of(launch), count, waves, limit, seconds, row["triton"])
@@ -250,10 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=tuple(kernel_variants.ELEMENTS))
     parser.add_argument(
-        "--plan", default="eager", choices=("eager", "narrow", "card", "resident"), help="eager stands for a graph too"
+        "--plan",
+        default="eager",
+        choices=("eager", "narrow", "card", "chip", "resident"),
+        help="eager stands for a graph too",
     )
     parser.add_argument("--optimizer", default="sgd", choices=kernel_variants.RULES)
-    parser.add_argument("--models", type=int, default=1, help="models of a fleet, with --plan resident")
+    parser.add_argument("--models", type=int, default=1, help="models of a fleet, with --plan chip or resident")
     parser.add_argument("--clock", type=float, default=H100.clock / 1e9, help="GHz (default: %(default)s)")
     parser.add_argument("--triton", default=CARD_TRITON, help="the record's rows (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -265,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("batch_size", "models", "clock"):
         if not getattr(options, name) > 0:
             parser.error(f"argument --{name.replace('_', '-')}: expected more than 0, got {getattr(options, name)}")
-    if options.models > 1 and options.plan != "resident":
-        parser.error("argument --models: several models train at once with --plan resident alone; add it")
+    if options.models > 1 and options.plan not in ("chip", "resident"):
+        parser.error("argument --models: several models train at once with --plan chip or resident; add one")
     rows = recorded(options.triton)
     if not rows:
         parser.error(f"argument --triton: {RECORD.name} has no rows of {options.triton}; give a version that it has")

@@ -73,6 +73,8 @@ def work_of(launch: Recorded) -> Work:
         return Work([each], reals=launch.programs * moved)
     if launch.name == "narrow":
         return _narrow(launch)
+    if launch.name == "chip":
+        return _chip(launch)
     rows, ending = given["M"], {"sums_of_all": over(launch.programs, PARTIALS)}
     if launch.name == "loss_grad":
         groups = over(over(rows, sides["BM"]), launch.programs)
@@ -121,6 +123,16 @@ def _narrow(launch: Recorded) -> Work:
     ]
     ending = {"sums_of_all": over(programs, PARTIALS)}
     return Work(each, ending, read[0] * tiles, read[1] * tiles + weights * programs)
+
+
+def _chip(launch: Recorded) -> Work:
+    """Return the work of a step of a model in ``chip_kernel``."""
+    sides = launch.constants
+    first, width, outputs = sides["FIRST"], sides["WIDTH"], sides["OUTPUTS"]
+    operations = 2 * sides["BM"] * (2 * first * width + 3 * width * outputs)
+    trips = {"chip_kernel": 1, "normaliser_of": _weighing(launch, CHUNK.value)}
+    # the rows of the data, their numbers and labels; the state comes from the L1 cache
+    return Work([Programs(1, trips, operations, sides["BM"] * first, sides["BM"] * 4)])
 
 
 def _grouped(launch: Recorded) -> Work:

@@ -15,6 +15,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,11 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language import target_info
 
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, LossSpec
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
     card,
+    chip,
     clock,
     configs,
     gradients,
@@ -65,6 +67,7 @@ KERNELS = {
     "grad_encode": rowwise.grad_encode_kernel,
     "resident": resident.resident_kernel,
     "card": card.card_kernel,
+    "chip": chip.chip_kernel,
     "narrow": narrow.narrow_kernel,
 }
 PRODUCTS = (
@@ -76,6 +79,7 @@ PRODUCTS = (
     "grad_input_members",
     "resident",
     "card",
+    "chip",
     "narrow",
 )
 # Those of the matrices that can be tensor descriptors.
@@ -126,7 +130,8 @@ class Variant:
         flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back", "DESCRIBED": "described"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs", "FIRST": "inputs", "LAYERS": "layers"}
-        words += [_formulas(self.constants)] if self.kernel == "narrow" else []
+        numbers |= {"BM": "rows", "WIDTH": "units"} if self.kernel == "chip" else {}
+        words += [_formulas(self.constants)] if self.kernel in ("narrow", "chip") else []
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
         words += (
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
@@ -141,7 +146,7 @@ def _formulas(constants: Mapping[str, Any]) -> str:
     names = [ACTIVATIONS[constants["ACTIVATION"]], LOSSES[constants["LOSS"]]]
     names += [f"to {ACTIVATIONS[constants['OUTPUT']]}"] if constants["OUTPUT"] else []
     flags = ("GATHER", "WEIGHTED", "CLASSES", "ACCURACY", "SOFT")
-    return " ".join([*names, *(flag.lower() for flag in flags if constants[flag])])
+    return " ".join([*names, *(flag.lower() for flag in flags if constants.get(flag))])
 
 
 def variants(target: str) -> tuple[Variant, ...]:
@@ -218,6 +223,8 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for rows in configs.ROWS:
             for kernel in ("normalise", "grad_normalise", "add", "encode", "grad_encode"):
                 yield Variant(kernel, ELEMENTS[precision], rows, {**constants, "BM": rows.rows, "BK": rows.columns})
+    if precision in RESIDENT_PRECISIONS and arch.family in configs.CHIP:
+        yield from _chip(configs.CHIP[arch.family], precision, product)
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product, entropy=True)
@@ -252,6 +259,22 @@ def _narrow(tile: Tile, precision: str, product: str) -> Iterator[Variant]:
             "ACCURACY": "entropy" in kind, "PRODUCT": product,
         }  # fmt: skip
         yield Variant("narrow", precision, tile, constants)
+
+
+# The steps on the chip that are compiled ahead: the widths, the activation, the loss and the optimizer.
+CHIP = (
+    *(((64, 32, 10), "relu", "cross_entropy", rule) for rule in RULES),
+    ((32, 16, 3), "tanh", "cross_entropy", "adam"),
+    ((32, 16, 1), "gelu", "mse", "adam"),
+)
+
+
+def _chip(tile: Tile, precision: str, product: str) -> Iterator[Variant]:
+    for sizes, activation, kind, rule in CHIP:
+        output = SimpleNamespace(loss=LossSpec(kind, accuracy="entropy" in kind), weight=None, class_weight=None)
+        activations = [activation] * (len(sizes) - 2) + ["identity"]
+        constants = chip.chip_constants(product, sizes, tile.rows, activations, output, RULES.index(rule))
+        yield Variant("chip", precision, tile, constants)
 
 
 class _Left(ast.NodeTransformer):

@@ -89,9 +89,9 @@ class Engine(Trainer):
     order of the rows and the dropout masks: with the same seed, machine and versions a run repeats bit for bit.
     ``backend`` is "auto" (the first of triton, cupy, numpy that works) or a name; ``device`` the backend's device;
     ``precision`` "fp32"; "fp64" on NumPy; "bf16" on a GPU and on processors with AMX; "tf32" or "fp16" (with dynamic
-    loss scaling) on a GPU; ``plan`` "auto", "eager", "graph", "narrow", "card" or "resident". The attributes
-    ``backend``, ``plan`` and ``plan_reason`` hold the choice; with "card" and "resident" ``fit`` runs many steps in one
-    call, and ``step`` is eager.
+    loss scaling) on a GPU; ``plan`` "auto", "eager", "graph", "narrow", "card", "chip" or "resident". The attributes
+    ``backend``, ``plan`` and ``plan_reason`` hold the choice; with the last three ``fit`` runs many steps in one call,
+    and ``step`` is eager.
     ``print(engine.program)`` shows the kernel calls of a step.
 
     ``normalise=True`` subtracts from each column of the inputs its mean in the first ``fit``, and divides by its

@@ -272,10 +272,10 @@ class ResidentLimits:
     """The largest network that a kernel of a backend's ``train_resident`` takes, and what a step takes there and in
     launches.
 
-    ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: its
-    step takes ``step`` seconds, and one for each ``speed`` floating-point operations. In launches on the whole card it
-    takes ``launch`` seconds for each, and ``element`` for each element along the products' reductions, which run one
-    after another.
+    ``width`` is that of the hidden layers, of which there are ``hidden`` or more, ``batch`` the rows of a batch. A
+    model has one multiprocessor to itself: its step takes ``step`` seconds, and one for each ``speed`` floating-point
+    operations. In launches on the whole card it takes ``launch`` seconds for each, and ``element`` for each element
+    along the products' reductions, which run one after another.
     """
 
     kernel: str
@@ -289,6 +289,7 @@ class ResidentLimits:
     speed: float
     launch: float = 0.0
     element: float = 0.0
+    hidden: int = 0
 
     def resident_seconds(self, flops: int) -> float:
         """Return the time of a step of ``flops`` operations in the resident kernel."""
@@ -327,7 +328,7 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
     ``grad_weight`` knows the norm of the gradients. ``split_rows``, ``split_size``: see ``batch_parts``.
     ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's. ``resident``: None if any network may
-    be resident. ``card``: the limits of a model alone on the card. ``narrow``: None without ``train_narrow``.
+    be resident. ``card``, ``chip``: the limits of these plans. ``narrow``: None without ``train_narrow``.
     ``reads_codes``: a first layer takes the operand ``coding``.
     """
 
@@ -345,8 +346,13 @@ class Traits:
     on_host: bool = False
     resident: ResidentLimits | None = None
     card: ResidentLimits | None = None
+    chip: ResidentLimits | None = None
     narrow: NarrowLimits | None = None
     reads_codes: bool = False
+
+    def looped(self, plan: str) -> ResidentLimits | None:
+        """Return the limits of a plan with many steps a launch."""
+        return {"card": self.card, "chip": self.chip}.get(plan, self.resident)
 
     @property
     def stepwise(self) -> str:
@@ -378,6 +384,8 @@ def resident_refusal(
             return f"{count} {what} are more than the {most} of {kernel}"
     if precision not in limits.precisions:
         return f"{kernel} is for {', '.join(limits.precisions)}, not for {precision}"
+    if len(sizes) - 2 < limits.hidden:
+        return f"{kernel} takes {limits.hidden} hidden layer or more, not {len(sizes) - 2}"
     return None
 
 

@@ -192,6 +192,10 @@ _HISTORY = Operand(
     "through all of them and comes back to 0 after the last; after epoch e stats is copied to epoch_stats[e], and its "
     "sums begin again at 0",
 )  # fmt: skip
+_PLAN = Operand(
+    "plan", optional=True, default="resident",
+    note="of Triton alone: 'card', the whole card trains one model; 'chip', small models stay on their multiprocessors",
+)  # fmt: skip
 _ARENAS = Operand(
     "arenas",
     note="by name the flat arrays that the tensors of the calls lie in: params, grads, state0 and so on, shadow, and "
@@ -471,7 +475,7 @@ OPS = {op.name: op for op in (
         Operand("batch", note="M, the rows of a step"),
         _ARENAS,
         _HISTORY,
-        Operand("card", optional=True, default=False, note="whether the whole card trains the model; Triton alone"),
+        _PLAN,
         Operand(
             "shards", optional=True, default=(),
             note="the row of the batch with which each of several shards of M rows begins: the calls are those of the "
@@ -492,6 +496,7 @@ OPS = {op.name: op for op in (
         Operand("batch", note="M"),
         replace(_ARENAS, note="as in train_resident, with an axis of models in front"),
         replace(_HISTORY, note="(models, E, STATS), as in train_resident"),
+        _PLAN,
     )),
 )}
 # fmt: on

@@ -16,7 +16,7 @@ _log = logging.getLogger("fusemlp")
 # The device files of the drivers of NVIDIA (also under WSL) and AMD.
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-PLANS = ("eager", "graph", "narrow", "card", "resident")
+PLANS = ("eager", "graph", "narrow", "card", "chip", "resident")
 
 TRAITS = {
     "triton": Traits(
@@ -47,6 +47,9 @@ TRAITS = {
             element=3e-9,
         ),
         card=ResidentLimits("card kernel", 8, 4096, 1024, 16, 1024, ("fp32", "tf32", "bf16"), step=8e-6, speed=2e13),
+        chip=ResidentLimits(
+            "chip kernel", 2, 64, 32, 16, 32, ("fp32", "tf32", "bf16"), hidden=1, step=3e-6, speed=1e11
+        ),
         # two programs on each multiprocessor of an H100
         narrow=NarrowLimits(layers=2, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),
     ),

@@ -286,7 +286,7 @@ def test_the_tables_features_are_walked():
         "models",
         "FusedMLP",
         # tests/kernels/test_narrow.py, test_triton_resident.py
-        *("narrow plan", "card plan"),
+        *("narrow plan", "card plan", "chip plan"),
         # tests/doors/test_loss_doors.py
         "label_smoothing",
         # test_layer_doors.py, test_shared_weights.py

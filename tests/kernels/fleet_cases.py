@@ -144,7 +144,7 @@ class Fleet:
         if self.alone:
             self.run = variant.bind(op, writes, **self.operands_of_one(), **others)
         elif variant.device.backend == "triton":
-            self.run = variant.bind(op, writes, **self.operands())
+            self.run = variant.bind(op, writes, **self.operands(), **others)
         else:
             # elsewhere the models train one after another
             each = [variant.bind("train_resident", writes, **self.operands_of_one(index)) for index in range(count)]

@@ -24,7 +24,7 @@ def fleet_of(emulator, number):
     shape, model = case(number, **CASES[number])
     # the second batch is short
     model = replace(model, rows=shape.batch + 4)
-    return Fleet(emulator.variant, shape, [model], "train_resident", card=True)
+    return Fleet(emulator.variant, shape, [model], "train_resident", plan="card")
 
 
 @pytest.mark.parametrize(("precision", "number", "programs"), [("fp32", 14, 3), ("bf16", 5, 2), ("fp32", 2, 1)])

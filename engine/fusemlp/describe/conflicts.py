@@ -21,6 +21,18 @@ _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
 _HOST = "{numpy loss} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
+# In words of a plan with a kernel of its own.
+_DROPS_NOTHING = "drops nothing so far"
+_PLAIN_STEPS = {
+    "prelu": "learns no slope of prelu",
+    "adversarial": "trains on batches as they are",
+    "accumulate": "takes one batch an update",
+}
+_MANY_STEPS = {
+    "clip_norm": "takes no norm of the gradients",
+    "ema": "keeps no average",
+    "ranks": "trains on one card",
+}
 
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
 CONFLICTS = {
@@ -74,34 +86,24 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
-    # the forward and the backward pass as one launch
+    # plans that leave something out: forward and back as one launch, many steps on the whole card, or by model
     **{
-        (feature, "narrow plan"): f"plan: the narrow kernel {words}, got 'narrow'; use plan='auto'"
-        for feature, words in {
-            "members": "trains one network, without members",
-            "norm": "has no normalised layers",
-            "residual": "has no residual blocks",
-            "encoding": "takes the inputs as they are",
-            "prelu": "learns no slope of prelu",
-            "dropout": "drops nothing so far",
-            "privacy": "clips no gradient of a row",
-            "adversarial": "trains on batches as they are",
-            "clip_norm": "leaves sums whose norm no launch takes",
-            "accumulate": "takes one batch an update",
-            "ranks": "has no collective between its two launches",
+        (feature, f"{plan} plan"): f"plan: the {plan} kernel {words}, got {plan!r}; use plan='auto'"
+        for plan, features in {
+            "narrow": {
+                "members": "trains one network, without members",
+                "norm": "has no normalised layers",
+                "residual": "has no residual blocks",
+                "encoding": "takes the inputs as they are",
+                "dropout": _DROPS_NOTHING,
+                "privacy": "clips no gradient of a row",
+                "clip_norm": "leaves sums whose norm no launch takes",
+                "ranks": "has no collective between its two launches",
+            },
+            "card": _MANY_STEPS,
+            "chip": {**_MANY_STEPS, "dropout": _DROPS_NOTHING},
         }.items()
-    },
-    # the whole card as one program
-    **{
-        (feature, "card plan"): f"plan: the card kernel {words}, got 'card'; use plan='auto'"
-        for feature, words in {
-            "prelu": "learns no slope of prelu",
-            "clip_norm": "stores no gradients whose norm it could take",
-            "accumulate": "takes one batch an update",
-            "ema": "keeps no average",
-            "adversarial": "trains on batches as they are",
-            "ranks": "trains on one card",
-        }.items()
+        for feature, words in {**_PLAIN_STEPS, **features}.items()
     },
     # targets of tables
     ("return_std", "quantiles"): "return_std: the loss quantiles learns no deviation; use predict_quantiles, or train "

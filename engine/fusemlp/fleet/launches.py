@@ -37,7 +37,8 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    states = engine.optimizer.rule().states
+    rule = engine.optimizer.rule()
+    states = rule.states, engine.plan == "chip" and rule.code
     return *net.key_without("activations", "dropouts", "init"), activations, trained, states, engine.batch_size
 
 
@@ -55,7 +56,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
         chosen = first.plan_for(plan, first.batch_size, models=len(together))
         for engine in together:
             engine.plan, engine.plan_reason = chosen
-        if chosen[0] == "resident":
+        if chosen[0] in ("chip", "resident"):
             groups.append((LaunchGroup(together), places))
     return groups
 
@@ -145,8 +146,9 @@ class LaunchGroup:
         arenas["rates"] = self.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
         batch = programs[0].values["rows"].shape[0]
         return backend.bind(
-            "train_fleet", calls=calls, rows=self._rows, batch=batch, arenas=arenas, epoch_stats=self._epoch_stats
-        )
+            "train_fleet", calls=calls, rows=self._rows, batch=batch, arenas=arenas, epoch_stats=self._epoch_stats,
+            plan=self.engines[0].plan,
+        )  # fmt: skip
 
 
 Launch = Callable[[], object]

@@ -47,7 +47,7 @@ CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
 # On a card the plans of which a launch has many steps.
-LOOPED = ("card", "resident")
+LOOPED = ("card", "chip", "resident")
 
 
 def open_here(name: str, device: str | None, precision: str) -> Backend:
@@ -112,8 +112,7 @@ def choose_plan(
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN
     beside = [words for feature, words in BESIDE.items() if feature in (net.uses if features is None else features)]
-    limits = traits.card if plan == "card" else traits.resident
-    refusal = resident_refusal(limits, traits.name, net.widths, batch, precision, beside)
+    refusal = resident_refusal(traits.looped(plan), traits.name, net.widths, batch, precision, beside)
     if plan == "auto":
         return _fastest(traits, refusal, net.widths, batch * net.members, models)
     if plan not in traits.plans:
@@ -122,7 +121,7 @@ def choose_plan(
         )
     if plan in LOOPED and refusal is not None:
         raise BackendUnavailableError(f"plan: {refusal}; use plan='auto'")
-    return plan, UNPROVEN if plan == "card" else ASKED
+    return plan, UNPROVEN if plan in ("card", "chip") else ASKED
 
 
 def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: int, models: int) -> tuple[str, str]:
@@ -150,7 +149,7 @@ def resident_chunk(traits: Traits, flops: int, plan: str = "resident") -> int:
 
     A launch takes a tenth of a second or less, so that the display and Ctrl-C need not wait.
     """
-    limits = traits.card if plan == "card" else traits.resident
+    limits = traits.looped(plan)
     if limits is None:
         return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
     return max(1, int(LAUNCH_SECONDS / limits.resident_seconds(flops)))

@@ -86,7 +86,7 @@ class BoundProgram:
                 "batch": program.values["rows" if "rows" in program.values else "x"].shape[0],
                 "arenas": memory.arenas,
                 "epoch_stats": self.arrays.get("epoch_stats"),
-                **({"card": True} if plan == "card" else {}),
+                "plan": plan,
             }
             return (bind(0, "train_resident", loop),)
         return tuple([bind(at, *call) for at, call in enumerate(resolved)])

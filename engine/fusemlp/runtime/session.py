@@ -366,8 +366,7 @@ class Session:
             self.backend: True,
             "eager host": on_host and self.plan == "eager",
             "resident kernel": asked and not on_host and self.plan == "resident",
-            "narrow plan": asked and self.plan == "narrow",
-            "card plan": asked and self.plan == "card",
+            f"{self.plan} plan": asked,
         }
         return {**self.described, **in_use(**features)}
 

@@ -116,7 +116,7 @@ BATCH, MANY_ROWS, LARGE_BATCH = 32, 60_000, 256
 CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-PLANS = ("auto", "eager", "graph", "narrow", "card", "resident")
+PLANS = ("auto", "eager", "graph", "narrow", "card", "chip", "resident")
 # The quantities of each epoch, by which a training may be judged.
 MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
 # The attacks that test a model, and what a training can be against.

@@ -97,8 +97,9 @@ class TritonBackend:
             rows = limits.rows if tile is None else tile.rows
             limits = dataclasses.replace(limits, widths=widths, rows=rows, programs=2 * arch.processors)
         # the interpreter is slow on every plan, and most of its users want eager steps
-        plans = ("card", "resident", "narrow", "eager") if self._device.interpreted else traits.plans
-        plans = tuple(plan for plan in plans if plan != "card" or plan in configs.TABLES[arch.family])
+        plans = ("chip", "card", "resident", "narrow", "eager") if self._device.interpreted else traits.plans
+        kept = {"card": "card" in configs.TABLES[arch.family], "chip": arch.family in configs.CHIP}
+        plans = tuple(plan for plan in plans if kept.get(plan, True))
         self.traits = dataclasses.replace(traits, plans=plans, narrow=limits)
         self.device = str(self._device.device)
         # where ``follow`` was called last

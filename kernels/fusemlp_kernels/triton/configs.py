@@ -287,6 +287,11 @@ NARROW = {
     # no fp16, whose gradients carry the loss scale
     "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1)),
 }
+# Of ``chip_kernel``, by family: the most rows of a batch and units of a layer, and the widths at the ends.
+CHIP = {
+    family: ResidentTile(32, 32, 0, 2, 1, outputs=16, inputs=64, units=32, programs=4)
+    for family in ("sm_90", "interpreter")
+}
 # The most stretches of a member's rows, or of a batch's, that are summed by themselves.
 MOST_SPLITS = 32
 # Whole rows of at most this many columns at a time, narrowest first: of ``normalise``, and of the sum of two matrices.

@@ -27,6 +27,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, resident, resident_layers
 from fusemlp_kernels.triton.card import card_kernel
+from fusemlp_kernels.triton.chip import chip_constants, chip_kernel, sums_table
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import arguments_of, dropout_numbers, loss_settings, target_arguments
 from fusemlp_kernels.triton.loss import PARTIALS
@@ -313,6 +314,22 @@ def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
     return rule.accumulate > 1 or rule.clip_norm is not None or bool(rule.ema) or penalised
 
 
+def _check_chip(op: str, steps: Sequence[Phases], tile: configs.ResidentTile, sizes: Sequence[int], batch: int) -> None:
+    """Raise ArgumentError for a step that ``chip_kernel`` does not take."""
+    sides = {
+        "inputs": (sizes[0], tile.inputs), "units of a layer": (max(sizes[1:-1], default=0), tile.units),
+        "outputs": (sizes[-1], tile.outputs), "rows of a batch": (batch, tile.rows),
+        "hidden layers": (len(sizes) - 2, 1),
+    }  # fmt: skip
+    reasons = [f"{count} {what} are more than {most}" for what, (count, most) in sides.items() if count > most]
+    reasons += ["there is no hidden layer"] if len(sizes) < 3 else []
+    reasons += ["it drops nothing"] if any(layer.get("dropout") for step in steps for layer in step.forward) else []
+    if reasons:
+        raise ArgumentError(f"{op}: plan: 'chip' does not take such a step: {reasons[0]}; leave plan out")
+    _same(op, "rules: kind", [step.rule.code for step in steps])
+    _same(op, "losses: accuracy", [step.loss.accuracy for step in steps])
+
+
 def _check_arenas(op: str, device: TritonDevice, arenas: Mapping[str, Tensor], models: int, count: int) -> None:
     """The arenas are contiguous, with a row a model."""
     size = device.check(op, "params", arenas["params"], (models, None), "real").shape[1]
@@ -330,10 +347,9 @@ def _check_arenas(op: str, device: TritonDevice, arenas: Mapping[str, Tensor], m
         device.check(op, name, arenas[name], (models, *shape), kind, written=name != "rates", flat=True)
 
 
-def _bind(
-    device: TritonDevice, op: str, call: SimpleNamespace, *, card: bool = False
-) -> Callable[[Sequence[int]], object]:
+def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
     calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
+    card = call.plan == "card"
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
     steps = [Phases(op, program, arena) for program, arena in zip(calls, params, strict=True)]
@@ -375,10 +391,10 @@ def _bind(
     table = _layer_table(first, work, x, weights[0], params[0])
     stored = any(_is_stored(step.rule, step.ridge) for step in steps)
     sloped = any(layer.get("slope_param") is not None for layer in first.forward)
-    if card and (stored or sloped or first.ridge != Ridge()):
+    if call.plan != "resident" and (stored or sloped or first.ridge != Ridge()):
         raise ArgumentError(
-            f"{op}: card: expected weights and biases that the step updates at once, got gradients in memory, a ridge "
-            "or slopes of prelu; leave card out"
+            f"{op}: plan: {call.plan!r} is for weights and biases that the step updates at once, got gradients in "
+            "memory, a ridge or slopes of prelu; leave plan out"
         )
     tables = [_model_tables(step) for step in steps]
     factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
@@ -387,10 +403,16 @@ def _bind(
     states = first.rule.places([arenas[f"state{index}"] for index in range(count)], params)
     segments = [(segment.offset, segment.size) for segment in first.segments] or [(0, 0)]
     kernel, programs = (card_kernel, device.arch.processors) if card else (resident.resident_kernel, 0)
+    constants = configs.resident_constants(tile, device.product, first.loss.kind == "cross_entropy")
+    if call.plan == "chip":
+        kernel, tile = chip_kernel, configs.CHIP[device.arch.family]
+        _check_chip(op, steps, tile, sizes, call.batch)
+        activations = [layer.get("activation", "identity") for layer in first.forward]
+        constants = chip_constants(device.product, sizes, call.batch, activations, output, first.rule.code)
     arguments = arguments_of(
         device, kernel, SimpleNamespace(**arenas), compute=device.far_base(work.base),
         weights=weights, parameters=params, first=states[0], second=states[1], average=states[2], rows=rows,
-        slopes=device.zeros(models * len(table), "real"),
+        slopes=device.zeros(models * len(table), "real"), x=x, table=device.numbers(sums_table(table), "int64"),
         measured=device.numbers([_measures(step.ridge, step.loss, outputs) for step in steps], "float64"),
         settings=device.numbers([loss_settings(step.loss, output) for step in steps], "real"),
         layers=device.numbers(table, "int64"), draws=device.numbers([draws for draws, _ in tables], "int64"),
@@ -405,7 +427,9 @@ def _bind(
         partials=device.zeros(-(-call.batch // tile.output_rows) * PARTIALS.value, "float64"),
         copies=device.zeros(programs * HYPER, "float64"),
     )  # fmt: skip
-    constants = configs.resident_constants(tile, device.product, first.loss.kind == "cross_entropy")
+    if call.plan == "chip" and first.loss.ignore_index is None:
+        # no label
+        arguments |= {"ignored_low": -1, "ignored_high": -1}
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []
 
@@ -438,5 +462,5 @@ def bind_train_resident(device: TritonDevice, call: SimpleNamespace) -> Callable
     call.calls, call.rows = [call.calls], call.rows[None]
     call.arenas = {name: arena[None] for name, arena in call.arenas.items()}
     call.epoch_stats = None if call.epoch_stats is None else call.epoch_stats[None]
-    run = _bind(device, "train_resident", call, card=bool(call.card))
+    run = _bind(device, "train_resident", call)
     return lambda steps: run((steps,))

@@ -1,0 +1,252 @@
+"""Many whole training steps of small networks in one launch: a program trains one model of one hidden layer, and its
+steps stay on the multiprocessor.
+
+Activations and dz stay in registers, as in ``narrow``, whose pieces a step takes; the kernel is specialised on the
+formulas. Parameters, states and gradients stay in the model's arenas, small enough for the L1 cache. The phases are
+functions of their own: else the compiler would keep the addresses of one in registers through the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.triton.gradients import TENSOR_FIELDS, whole
+from fusemlp_kernels.triton.loss import (
+    MEAN,
+    OPTION,
+    SMOOTHING,
+    account,
+    ignored_label,
+    normaliser_of,
+    record_loss,
+)
+from fusemlp_kernels.triton.narrow import (
+    DB,
+    DW,
+    INPUTS,
+    UNITS,
+    affine,
+    back,
+    elements,
+    entropy,
+    hidden,
+    outer,
+    weights_of,
+)
+from fusemlp_kernels.triton.narrow import LAYER_COLUMNS as SUM_COLUMNS
+from fusemlp_kernels.triton.pointwise_triton import (
+    BINARY_CROSS_ENTROPY,
+    CROSS_ENTROPY,
+    stored_update,
+)
+from fusemlp_kernels.triton.resident import tick
+from fusemlp_kernels.triton.resident_layers import (
+    B_TASK,
+    CHUNK,
+    FIXED_SLOPE,
+    HYPER,
+    LAYER_COLUMNS,
+    LAYER_K,
+    LAYER_N,
+    LIVE_COLUMNS,
+    RULE_COLUMNS,
+    SETTING_COLUMNS,
+    SHARE_COLUMNS,
+    STATS,
+    STEPS,
+    W_TASK,
+    B,
+    W,
+    batch_at,
+    number,
+)
+from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width, row_pitch
+
+# Elements of a bias, no fewer than threads: see ``card``.
+VECTOR: tl.constexpr = tl.constexpr(64)
+
+
+@triton.jit
+def update_tensor(
+    row, weights, params, grads, first, second, hyper, rule, tensors, shadowed,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Update a layer's weights or its bias, at most BLOCK elements, unless frozen; ``row`` is the layer's."""
+    if BIAS:
+        start, length, task = tl.load(row + B), number(row, LAYER_N), number(row, B_TASK)
+    else:
+        start, task = whole(tl.load(row + W), True), number(row, W_TASK)
+        length = number(row, LAYER_N) * masked_width(number(row, LAYER_K), True)
+    near = tl.arange(0, BLOCK)
+    at, mask, numbers = start + near, near < tl.where(task >= 0, length, 0), tensors + task * TENSOR_FIELDS
+    g = tl.load(grads + at, mask=mask, other=0.0)
+    # no average
+    stored_update(
+        g, params + at, first + at, second + at, first + at, weights + at, mask, hyper, rule, tl.load(numbers),
+        tl.load(numbers + 1), shadowed, RULE,
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def update_all(
+    weights, params, grads, first, second, layers, hyper, rules, tensors, entry, trained, size, shadowed,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Update the model's trained tensors by their gradients."""
+    model = tl.load(entry)
+    arena = whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    for index in tl.static_range(2):
+        row = layers + index * LAYER_COLUMNS
+        update_tensor(
+            row, weights, params, grads, first, second, hyper, rule, tensors, shadowed, False,
+            WIDTH * FIRST if index == 0 else WIDTH * OUTPUTS, RULE,
+        )  # fmt: skip
+        update_tensor(row, weights, params, grads, first, second, hyper, rule, tensors, 0, True, VECTOR, RULE)
+
+
+@triton.jit
+def store_gradients(dw, grads, row):
+    """Store the gradients by a layer's weights, with zeros between the rows; ``row`` is the layer's."""
+    at_n, at_k, K = tl.arange(0, dw.shape[0]), tl.arange(0, dw.shape[1]), number(row, INPUTS)
+    pitch = masked_width(K, True)
+    at = whole(tl.load(row + DW), True) + at_n[:, None] * pitch + at_k[None, :]
+    # 0 * NaN is NaN, and a NaN in the padding would stay there
+    dw = tl.where((at_k < K)[None, :], dw, 0.0)
+    tl.store(grads + at, dw, mask=(at_n < number(row, UNITS))[:, None] & (at_k < pitch)[None, :])
+
+
+@triton.jit(noinline=True)
+def gradients_of_batch(
+    x, weights, params, grads, rows, labels, target, weight, class_weight, shares, table, settings, counters, stats,
+    entry, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step, ignored_low, ignored_high,
+    BM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, LOSS: tl.constexpr, SOFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, CLASSES: tl.constexpr, ACCURACY: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of the model's batch, and add its loss to ``stats``."""
+    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, None)
+    arena = whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    settings += model * SETTING_COLUMNS
+    stats += model * STATS
+    shares += model * 2 * SHARE_COLUMNS
+    output = table + SUM_COLUMNS
+    K, H, N = number(table, INPUTS), number(table, UNITS), number(output, UNITS)
+    slope, output_slope = tl.load(shares + FIXED_SLOPE), tl.load(shares + SHARE_COLUMNS + FIXED_SLOPE)
+    at_m, at_k, at_n, at_h = tl.arange(0, BM), tl.arange(0, FIRST), tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
+    ignored = ignored_label(ignored_low, ignored_high)
+    source = batch_rows(batch, at_m, count, 1).to(tl.int32)
+    valid = source >= 0
+    source = tl.maximum(source, 0).to(tl.int64)
+    x_at = x + source[:, None] * row_pitch(x_row, True) + at_k[None, :]
+    x_tile = tl.trans(tl.load(x_at, mask=valid[:, None] & (at_k < masked_width(K, True))[None, :], other=0.0))
+    label, t = source, x_tile
+    if LOSS != CROSS_ENTROPY or SOFT:
+        t_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
+        t = tl.trans(tl.load(t_at, mask=valid[:, None] & (at_n < N)[None, :], other=0.0))
+    else:
+        label = tl.load(labels + source * label_step, mask=valid, other=-1)
+        label = tl.where((label >= 0) & (label < N) & (label != ignored), label, -1).to(tl.int32)
+    weight_of = tl.where(valid, 1.0, 0.0)
+    if WEIGHTED:
+        weight_of = tl.load(weight + source * weight_step, mask=valid, other=0.0)
+    w2 = weights_of(weights + whole(tl.load(output + DW), True), output, OUTPUTS, WIDTH)
+    w0 = weights_of(weights + whole(tl.load(table + DW), True), table, WIDTH, FIRST)
+    h, before = hidden(w0, x_tile, params + tl.load(table + DB), table, slope, ACTIVATION, PRODUCT)
+    z = tl.where(valid[None, :], affine(w2, h, params + tl.load(output + DB), output, PRODUCT), 0.0)
+    mean, eps, option = tl.load(settings + MEAN) != 0.0, tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
+    counts = valid
+    if LOSS == CROSS_ENTROPY and not SOFT:
+        counts = label >= 0
+        weight_of = tl.where(counts, weight_of, 0.0)
+    if LOSS == CROSS_ENTROPY:
+        dz, loss, right = entropy(z, at_n, label, t, counts, weight_of, class_weight, eps, N, SOFT, CLASSES, ACCURACY)
+    else:
+        dz, loss, right = elements(z, t, at_n, counts, weight_of, output_slope, option, N, LOSS, OUTPUT, ACCURACY)
+    normaliser = normaliser_of(
+        batch, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, 1, CHUNK
+    )
+    sums = account(stats, settings)
+    exists = normaliser != 0.0
+    dz *= tl.where(mean, tl.where(exists, 1.0 / tl.where(exists, normaliser, 1.0), 0.0), 1.0).to(tl.float32)
+    rounded = dz.to(x.dtype.element_ty)
+    dh, exact = back(w2, rounded, before, slope, ACTIVATION, PRODUCT)
+    store_gradients(outer(tl.zeros((OUTPUTS, WIDTH), tl.float32), rounded, h, PRODUCT), grads, output)
+    tl.store(grads + tl.load(output + DB) + at_n, tl.sum(dz, axis=1), mask=at_n < N)
+    tl.store(grads + tl.load(table + DB) + at_h, tl.sum(exact, axis=1), mask=at_h < H)
+    store_gradients(outer(tl.zeros((WIDTH, FIRST), tl.float32), dh, x_tile, PRODUCT), grads, table)
+    asked = tl.sum(counts.to(tl.int32))
+    if LOSS == BINARY_CROSS_ENTROPY:
+        asked = asked * N
+    record_loss(
+        tl.sum(loss).to(tl.float64), tl.sum(right).to(tl.float64), asked.to(tl.float64), stats, sums, normaliser
+    )
+
+
+@kernel(numbers_from="M")
+def chip_kernel(
+    x, weights, parameters, grads, first, second, rows, labels, target, weight, class_weight, measured, layers, shares,
+    table, settings, rules, tensors, counters, hyper, rates, stats, epoch_stats, live,
+    M, x_row, trained, size, rows_size, rates_size, label_step, target_row, target_col, weight_step, ignored_low,
+    ignored_high, shadowed,
+    BM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, LOSS: tl.constexpr, SOFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, CLASSES: tl.constexpr, ACCURACY: tl.constexpr, RULE: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """The steps that ``live`` names, a program for each of its entries; arguments as in ``resident_kernel``.
+
+    ``table``: the rows of ``narrow.LAYER_FIELDS``, whose places hold for parameters and gradients.
+    """
+    entry = live + tl.program_id(0) * LIVE_COLUMNS
+    for _ in range(number(entry, STEPS)):
+        gradients_of_batch(
+            x, weights, parameters, grads, rows, labels, target, weight, class_weight, shares, table, settings,
+            counters, stats, entry, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step,
+            ignored_low, ignored_high, BM, FIRST, WIDTH, OUTPUTS, ACTIVATION, OUTPUT, LOSS, SOFT,
+            WEIGHTED, CLASSES, ACCURACY, PRODUCT,
+        )  # fmt: skip
+        tl.debug_barrier()
+        update_all(
+            weights, parameters, grads, first, second, layers, hyper, rules, tensors, entry, trained, size, shadowed,
+            FIRST, WIDTH, OUTPUTS, RULE,
+        )  # fmt: skip
+        tl.debug_barrier()
+        tick(counters, hyper, rates, stats, epoch_stats, rules, entry, measured, M, rates_size)
+        tl.debug_barrier()
+
+
+def sums_table(layers: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the kernel's ``table`` for the rows of ``layers``."""
+    return [[*(row[field.value] for field in (LAYER_K, LAYER_N, W, B)), 0] for row in layers]
+
+
+def chip_constants(
+    product: str, sizes: Sequence[int], batch: int, activations: Sequence[str], output: Any, code: int
+) -> dict[str, Any]:
+    """Return the constants of ``chip_kernel`` for a network of these widths, inputs first, and of these activations;
+    ``output``: the operands of its loss; ``code``: that of the optimizer."""
+    first, width, outputs, rows = (
+        max(16, triton.next_power_of_2(side)) for side in (sizes[0], max(sizes[1:-1]), sizes[-1], batch)
+    )
+    codes, loss = [ACTIVATIONS.index(name) for name in activations], output.loss
+    return {
+        "BM": rows, "FIRST": first, "WIDTH": width, "OUTPUTS": outputs,
+        "ACTIVATION": codes[0], "OUTPUT": codes[-1],
+        "LOSS": LOSSES.index(loss.kind), "SOFT": loss.soft, "WEIGHTED": output.weight is not None,
+        "CLASSES": output.class_weight is not None, "ACCURACY": loss.accuracy, "RULE": code, "PRODUCT": product,
+    }  # fmt: skip
