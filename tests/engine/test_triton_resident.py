@@ -74,7 +74,7 @@ def test_the_interpreter_is_eager_unless_asked():
 
 REFUSED = {
     "prelu": (MLP([4, 8, 2], activation="prelu"), {}, "learns no slope"),
-    "clip_norm": (NET, {"optimizer": SGD(clip_norm=1.0)}, "stores no gradients"),
+    "clip_norm": (NET, {"optimizer": SGD(clip_norm=1.0)}, "takes no norm of the gradients"),
     "accumulate": (NET, {"optimizer": SGD(accumulate=2)}, "one batch an update"),
     "ema": (NET, {"optimizer": SGD(ema=0.9)}, "keeps no average"),
     "norm": (MLP([4, 8, 2], norm="layer"), {}, "card kernel trains without norm"),

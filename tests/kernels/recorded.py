@@ -58,6 +58,9 @@ def launches(target, precision):
                 engine = Engine(MLP([6, 9, 4]), loss, batch_size=20, backend="triton", precision=precision, plan="card")
                 targets = labels if loss == "cross_entropy" else rng.standard_normal((40, 4))
                 engine.fit(rng.standard_normal((40, 6)), targets, epochs=1)
+        if arch.family in configs.CHIP and precision in kernel_variants.RESIDENT_PRECISIONS:
+            engine = Engine(MLP([64, 32, 10]), batch_size=32, backend="triton", precision=precision, plan="chip")
+            engine.fit(rng.standard_normal((40, 64)), np.arange(40) % 10, epochs=1)
         if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}

@@ -43,11 +43,11 @@ def command():
 
 def kernels_of(target, *precisions):
     """Return the names of the kernels of ``target``: of all but the narrow one, where its tile does not fit, and the
-    card's, where it has no tiles."""
+    card's and the chip's, where they have no tiles."""
     arch = configs.Architecture(configs.family_of(target), 132)
     narrow = any(configs.narrow_tile(arch, precision) for precision in precisions)
-    whole = "card" in configs.TABLES[arch.family]
-    return set(kernel_variants.KERNELS) - (set() if narrow else {"narrow"}) - (set() if whole else {"card"})
+    there = {"narrow": narrow, "card": "card" in configs.TABLES[arch.family], "chip": arch.family in configs.CHIP}
+    return {kernel for kernel in kernel_variants.KERNELS if there.get(kernel, True)}
 
 
 def compiled_as(launch, precision):
@@ -69,7 +69,9 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
     # The clock alone is for steps with nothing to train, the norm alone for external gradients and for members under a
     # loss scale. Under that there is no resident plan, and no privacy.
     alone = {"advance"} if precision == "fp16" else {"advance", "norm"}
-    alone |= set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident", "card", "clip_examples"}
+    alone |= (
+        set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident", "card", "chip", "clip_examples"}
+    )
     assert {launch.name for launch in found} == kernels_of(target, precision) - alone
 
 

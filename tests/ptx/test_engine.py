@@ -1,5 +1,6 @@
 """The engine's own launches on emulated cards: each step of a fit is the oracle's, within its bounds."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -114,6 +115,19 @@ def test_a_fleet_is_the_oracles(target, precision, number):
             fleet.check_a_step()
         fleet.check_gaps()
     assert emulator.launched == [("resident_kernel", 3)] * 2
+
+
+@pytest.mark.parametrize(("precision", "number"), [("fp32", 2), ("bf16", 5)])
+def test_a_fleet_on_the_chip_is_the_oracles(precision, number):
+    """A cross-entropy with Adam, a squared error with momentum; the second batch is short."""
+    shape, model = case(number)
+    with card("sm_90", precision) as emulator:
+        models = varied(replace(model, rate=0.0, rows=shape.batch + 4), 2)
+        fleet = Fleet(emulator.variant, shape, models, epochs=2, plan="chip")
+        for _ in range(3):
+            fleet.check_a_step()
+        fleet.check_gaps()
+    assert emulator.launched == [("chip_kernel", 2)] * 3
 
 
 def test_the_fleets_have_both_paths_of_the_update():
