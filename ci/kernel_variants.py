@@ -69,6 +69,7 @@ KERNELS = {
     "card": card.card_kernel,
     "chip": chip.chip_kernel,
     "narrow": narrow.narrow_kernel,
+    "predict_narrow": narrow.predict_narrow_kernel,
 }
 PRODUCTS = (
     "linear",
@@ -81,6 +82,7 @@ PRODUCTS = (
     "card",
     "chip",
     "narrow",
+    "predict_narrow",
 )
 # Those of the matrices that can be tensor descriptors.
 BLOCKS = {"linear": linear.BLOCKS, "grad_input": gradients.INPUT_BLOCKS}
@@ -131,7 +133,7 @@ class Variant:
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs", "FIRST": "inputs", "LAYERS": "layers"}
         numbers |= {"BM": "rows", "WIDTH": "units"} if self.kernel == "chip" else {}
-        words += [_formulas(self.constants)] if self.kernel in ("narrow", "chip") else []
+        words += [_formulas(self.constants)] if self.kernel == "chip" or "LAYERS" in self.constants else []
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
         words += (
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
@@ -143,7 +145,7 @@ class Variant:
 
 def _formulas(constants: Mapping[str, Any]) -> str:
     """Return the formulas that a kernel is specialised on, such as "relu cross_entropy", and its flags that are set."""
-    names = [ACTIVATIONS[constants["ACTIVATION"]], LOSSES[constants["LOSS"]]]
+    names = [ACTIVATIONS[constants["ACTIVATION"]], *([LOSSES[constants["LOSS"]]] if "LOSS" in constants else [])]
     names += [f"to {ACTIVATIONS[constants['OUTPUT']]}"] if constants["OUTPUT"] else []
     flags = ("GATHER", "WEIGHTED", "CLASSES", "ACCURACY", "SOFT")
     return " ".join([*names, *(flag.lower() for flag in flags if constants.get(flag))])
@@ -253,12 +255,17 @@ NARROW = (
 
 def _narrow(tile: Tile, precision: str, product: str) -> Iterator[Variant]:
     for sizes, activation, kind in NARROW:
-        constants = {
+        forward = {
             **configs.narrow_constants(tile, sizes), "ACTIVATION": ACTIVATIONS.index(activation), "OUTPUT": 0,
-            "LOSS": LOSSES.index(kind), "SOFT": False, "GATHER": 1, "WEIGHTED": False, "CLASSES": False,
-            "ACCURACY": "entropy" in kind, "PRODUCT": product,
+            "PRODUCT": product,
         }  # fmt: skip
-        yield Variant("narrow", precision, tile, constants)
+        step = {
+            **forward, "LOSS": LOSSES.index(kind), "SOFT": False, "GATHER": 1, "WEIGHTED": False, "CLASSES": False,
+            "ACCURACY": "entropy" in kind,
+        }  # fmt: skip
+        yield Variant("narrow", precision, tile, step)
+        if kind == "cross_entropy":
+            yield Variant("predict_narrow", precision, tile, forward)
 
 
 # The steps on the chip that are compiled ahead: the widths, the activation, the loss and the optimizer.

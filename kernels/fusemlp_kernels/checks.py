@@ -23,8 +23,10 @@ REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
-    ("numpy", "train_narrow"): "its products fill the cache already; use the plan resident",
-    ("cupy", "train_narrow"): "its plans are eager and graph",
+    **dict.fromkeys(
+        (("numpy", "train_narrow"), ("numpy", "predict_narrow")), "its products fill the cache already; use linear"
+    ),
+    **{("cupy", op): "its plans are eager and graph" for op in ("train_narrow", "predict_narrow")},
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",

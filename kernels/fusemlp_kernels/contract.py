@@ -303,9 +303,9 @@ class ResidentLimits:
 
 @dataclass(frozen=True)
 class NarrowLimits:
-    """The largest network that a backend's ``train_narrow`` takes: its hidden layers, by precision the most inputs and
-    units of a hidden layer, and its outputs. It runs in ``programs``, each of which takes ``rows`` of a batch at a
-    time."""
+    """The largest network that a backend's ``train_narrow`` and ``predict_narrow`` take: its hidden layers, by
+    precision the most inputs and units of a hidden layer, and its outputs. A step runs in ``programs``, each of which
+    takes ``rows`` of a batch at a time."""
 
     layers: int
     widths: tuple[tuple[str, int], ...]

@@ -180,6 +180,7 @@ _LAYER = (
 )
 _DW = Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen")
 _DB = replace(_DW, name="db", shape="N")
+_NARROW = (Operand("w", "NK", "compute"), Operand("b", "N"), _ACTIVATION[0], _SLOPES[0])
 _FACTOR_GRADIENT = Operand("dr", "DK", use=WRITTEN, kind="gradient", optional=True, note="where r is given")
 _SUM = replace(_FACTOR_GRADIENT, note="where the tensor is given; accumulated as by grad_weight")
 _STATE = Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=())
@@ -451,19 +452,17 @@ OPS = {op.name: op for op in (
         _COUNTERS,
         _STATS,
     )),
+    Op("predict_narrow", "linear of all layers, with nothing stored in between", (
+        Operand("x", "MK", "compute"),
+        Operand("layers", note="from the first to the output layer", fields=_NARROW),
+        Operand("y", "MN", "compute", WRITTEN),
+    )),
     Op("train_narrow",
         "a step up to its update: linear and the loss, grad_input and grad_weight, with nothing stored in between. "
         "Part p of the gradients, of parts, is the sum over the groups of rows p, p + parts and so on", (
         _ROWS,
         Operand("x", "MK", "compute", rows="rows"),
-        Operand("layers", note="from the first to the output layer", fields=(
-            Operand("w", "NK", "compute"),
-            Operand("b", "N"),
-            _ACTIVATION[0],
-            _SLOPES[0],
-            _DW,
-            _DB,
-        )),
+        Operand("layers", note="from the first to the output layer", fields=(*_NARROW, _DW, _DB)),
         *(operand for operand in _LOSS if operand.name in _PLAIN_LOSS),
         _RULE,
         *_PARTS,

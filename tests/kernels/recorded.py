@@ -53,6 +53,7 @@ def launches(target, precision):
         if configs.narrow_tile(arch, precision) is not None:
             engine = Engine(MLP([32, 64, 16]), batch_size=20, backend="triton", precision=precision, plan="narrow")
             engine.fit(rng.standard_normal((40, 32)), np.arange(40) % 16, epochs=1)
+            engine.predict(rng.standard_normal((40, 32)))
         if "card" in configs.TABLES[arch.family] and precision in kernel_variants.RESIDENT_PRECISIONS:
             for loss in ("cross_entropy", "mse"):
                 engine = Engine(MLP([6, 9, 4]), loss, batch_size=20, backend="triton", precision=precision, plan="card")

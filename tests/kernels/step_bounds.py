@@ -43,11 +43,9 @@ class TwoBytes:
 Traced = namedtuple("Traced", "loss loss_bound grads bounds")
 
 
-def traced(layers, spec, batch, u=tol.U32, short=None, products=tol.IEEE):
-    """The loss, the gradients of each layer's parameters, and their bounds; ``short``: see ``TwoBytes``."""
-    keeps = batch.keeps or [None] * len(layers)
-    x, x_error = batch.x, np.zeros_like(batch.x)
-    trail = []
+def forward(layers, x, keeps, u=tol.U32, short=None, products=tol.IEEE):
+    """Each layer, its mask, inputs and pre-activation with their bounds; and the outputs with theirs."""
+    x_error, trail = np.zeros_like(x), []
     for layer, keep in zip(layers, keeps, strict=True):
         z = reference.linear(x, layer.w, layer.b)
         magnitude = np.abs(x) @ np.abs(layer.w).T + np.abs(layer.b)
@@ -60,6 +58,12 @@ def traced(layers, spec, batch, u=tol.U32, short=None, products=tol.IEEE):
         )
         x, x_error = y, y_error + 2.0 * u * np.abs(y)
         x_error = x_error if short is None else short.output(x_error, y)
+    return trail, x, x_error
+
+
+def traced(layers, spec, batch, u=tol.U32, short=None, products=tol.IEEE):
+    """The loss, the gradients of each layer's parameters, and their bounds; ``short``: see ``TwoBytes``."""
+    trail, _, _ = forward(layers, batch.x, batch.keeps or [None] * len(layers), u, short, products)
     last, _, _, _, z, z_error = trail[-1]
     given = (batch.target, batch.weight, batch.class_weight)
     loss, dz = reference.loss_grad(spec, z, *given, last.activation, last.slope)
@@ -115,18 +119,32 @@ class Step:
     def _exact(self, arena):
         return {name: array.astype(np.float64) for name, array in self.engine.memory.tensors(arena).items()}
 
-    def trace(self, X, y, weight=None):
-        """Forward and backward of the next batch; parameters as the matrix products read them."""
-        net, layers, keeps = self.engine.network, [], []
+    def layers(self):
+        """The layers, with parameters as the matrix products read them."""
+        net, layers = self.engine.network, []
         for layer in range(net.layers):
             chosen, rate = net.activations[layer], net.dropouts[layer]
             slope = self.before.get(f"{2 * layer + 1}.weight", chosen.slope)
             w, b = self.before[f"{2 * layer}.weight"], self.before[f"{2 * layer}.bias"]
             w = w if self.short is None else self.short.rounds(w).astype(np.float64)
             layers.append(reference.Layer(w, b, chosen.name, slope, rate))
-            at = self.batch_index + len(self.traces)
-            shape = len(X), net.sizes[layer + 1]
-            keeps.append(dropout_keep(rate, layer, self.engine.seed, at, *shape) if rate else None)
+        return layers
+
+    def check_outputs(self, found, X):
+        """Raise AssertionError where outputs for X are further from the oracle's than they may be."""
+        layers = self.layers()
+        _, y, bound = forward(
+            layers, X.astype(np.float64), [None] * len(layers), short=self.short, products=self.products
+        )
+        tol.assert_within(found, y, bound)
+
+    def trace(self, X, y, weight=None):
+        """Forward and backward of the next batch."""
+        layers, at = self.layers(), self.batch_index + len(self.traces)
+        keeps = [
+            dropout_keep(layer.rate, index, self.engine.seed, at, len(X), len(layer.w)) if layer.rate else None
+            for index, layer in enumerate(layers)
+        ]
         loss = self.engine.loss
         spec = loss.spec(accuracy=False, soft=loss.kind == "cross_entropy" and np.ndim(y) == 2)
         classes = None if loss.class_weight is None else np.asarray(loss.class_weight, np.float64)

@@ -46,7 +46,8 @@ def kernels_of(target, *precisions):
     card's and the chip's, where they have no tiles."""
     arch = configs.Architecture(configs.family_of(target), 132)
     narrow = any(configs.narrow_tile(arch, precision) for precision in precisions)
-    there = {"narrow": narrow, "card": "card" in configs.TABLES[arch.family], "chip": arch.family in configs.CHIP}
+    there = dict.fromkeys(("narrow", "predict_narrow"), narrow)
+    there |= {"card": "card" in configs.TABLES[arch.family], "chip": arch.family in configs.CHIP}
     return {kernel for kernel in kernel_variants.KERNELS if there.get(kernel, True)}
 
 

@@ -23,7 +23,8 @@ from fusemlp_kernels.triton import backend, configs
 
 interpreted = pytest.mark.skipif(not interprets_triton(), reason="for Triton's interpreter: TRITON_INTERPRET=1")
 
-ROWS, WIDTH, CLASSES, BATCH = 75, 21, 5, 50
+# each program has three tiles of the larger batch, and fewer of the last one
+ROWS, WIDTH, CLASSES, BATCH = 75, 21, 5, 70
 rng = np.random.default_rng(2)
 X = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
 classes = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
@@ -65,6 +66,20 @@ def test_every_interpreted_step_is_the_oracles(case):
         engine.step(x[:rows], y[:rows], weight)
         assert_within(float(engine.memory.stats[LAST_LOSS]), trace.loss, trace.loss_bound)
         step.check()
+        Step(engine).check_outputs(engine.outputs(x[:rows]), x[:rows])
+
+
+@interpreted
+def test_predictions_are_one_launch_that_stores_the_outputs_alone():
+    engine = engine_of(MLP([WIDTH, 30, 18, CLASSES]))
+    program = engine.inference.forward.program(BATCH).program
+    assert [call.op for call in program.calls] == ["predict_narrow"] and program.launches == 1
+    assert {name for name, value in program.values.items() if value.kind == "work"} == {"y"}
+    # a hidden layer, and a loss, are of the calls one by one
+    program = engine.inference.forward.program(BATCH, layers=1).program
+    assert [call.op for call in program.calls] == ["linear"]
+    evaluated = [engine_of(engine.network, plan=plan).evaluate(X, classes) for plan in ("narrow", "eager")]
+    assert evaluated[0] == evaluated[1]
 
 
 @interpreted
@@ -158,9 +173,9 @@ def test_a_bound_call_keeps_its_gradients_alive():
 
 @interpreted
 @pytest.mark.parametrize("sizes", [(4,), (4, 3), (4, 5, 5, 5, 3)])
-def test_a_call_without_one_or_two_hidden_layers_is_refused(sizes):
+def test_a_call_of_too_few_or_too_many_layers_is_refused(sizes):
     kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
-    with pytest.raises(fusemlp.ArgumentError, match="expected 1 to 2 hidden layers"):
+    with pytest.raises(fusemlp.ArgumentError, match="train_narrow: layers: expected 1 to 2 hidden layers"):
         kernels.bind("train_narrow", **narrow_call(kernels, *sizes))
 
 
@@ -237,7 +252,7 @@ def test_auto_takes_a_plan_that_cards_have_run():
 @interpreted
 def test_a_step_is_two_launches_that_read_the_batch_once():
     """The bytes are those of x, the labels, the row numbers and the parameters."""
-    tile = configs.Tile(32, 64, 0, 4, 1)
+    tile = configs.Tile(32, 64, 0, 4, 1, programs=2)
     with mock.patch.dict(configs.NARROW["interpreter"], fp32=tile):
         backend.open_device.cache_clear()
         engine = engine_of(MLP([32, 64, 64, 16]), batch_size=1 << 18)

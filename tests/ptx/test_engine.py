@@ -99,7 +99,10 @@ def test_every_step_of_the_narrow_plan_is_the_oracles(target, case):
             engine.step(x[:rows], wanted[:rows], weight)
             assert_within(float(engine.memory.stats[LAST_LOSS]), trace.loss, trace.loss_bound)
             step.check()
-    assert {name for name, _ in emulator.launched} == {"narrow_kernel", "update_kernel"}
+        step = Step(engine, short, variant.products)
+        for rows in (100, 1):
+            step.check_outputs(engine.outputs(x[:rows]), x[:rows])
+    assert {name for name, _ in emulator.launched} == {"narrow_kernel", "update_kernel", "predict_narrow_kernel"}
 
 
 # Compiling the resident kernel takes longer than its steps: bf16 on one card, whose products are mma.sync too.

@@ -10,7 +10,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples
 from fusemlp.program.lowering import lower
-from fusemlp.program.step import Inputs, Step
+from fusemlp.program.step import Inputs, Pass, Step
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.scaling import Scaling
@@ -36,10 +36,11 @@ def member_rows(backend: Backend, rows: int, members: int) -> Any:
 
 
 class ForwardPass:
-    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs."""
+    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs, and
+    ``passes`` change its programs."""
 
-    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None) -> None:
-        self.net, self.scaling = net, scaling
+    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None, passes: tuple[Pass, ...] = ()) -> None:
+        self.net, self.scaling, self.passes = net, scaling, passes
         # what is trained, and what the programs read
         self.trained = self.memory = memory
         if memory.averages:
@@ -118,7 +119,8 @@ class ForwardPass:
             bound_arrays["class_weight"] = class_weight
         if shared:
             bound_arrays["rows"] = member_rows(memory.backend, rows, net.members)
-        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient, layers=layers))
+        options: dict[str, Any] = {"gradient": gradient, "layers": layers, "passes": self.passes}
+        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, **options))
         return BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
 
     def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

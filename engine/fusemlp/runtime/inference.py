@@ -18,6 +18,7 @@ from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
 from fusemlp.program.layout import placement
+from fusemlp.program.step import Pass
 from fusemlp.runtime import forward
 from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined, last_layers, mean_evaluation
 from fusemlp.runtime.memory import Memory, Workspace
@@ -125,14 +126,21 @@ class _Lines:
 class Inference:
     """Predictions of a network, its losses and metrics on data; ``Engine`` documents them. It changes no parameter.
 
-    ``class_weight`` are the loss's, on the device.
+    ``class_weight`` are the loss's, on the device. ``passes`` change its programs.
     """
 
     def __init__(
-        self, network: MLP, loss: Loss, memory: Memory, inputs: DeviceInputs, scaling: Scaling, class_weight: Any | None
+        self,
+        network: MLP,
+        loss: Loss,
+        memory: Memory,
+        inputs: DeviceInputs,
+        scaling: Scaling,
+        class_weight: Any | None,
+        passes: tuple[Pass, ...],
     ) -> None:
         self.network, self.loss, self.inputs, self.scaling = network, loss, inputs, scaling
-        self.class_weight, self.forward = class_weight, ForwardPass(network, memory, scaling)
+        self.class_weight, self.forward = class_weight, ForwardPass(network, memory, scaling, passes)
 
     def predict(self, X: Any) -> Array:
         """Return the predicted targets of X (n, K)."""

@@ -51,8 +51,9 @@ class BoundProgram:
             self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
-                # the narrow kernel takes whole vectors alone
-                self.arrays[name] = allocate(backend, value, backend.traits.row_multiple if plan == "narrow" else 1)
+                # the narrow kernels take whole vectors alone
+                narrow = any(call.op.endswith("_narrow") for call in program.calls)
+                self.arrays[name] = allocate(backend, value, backend.traits.row_multiple if narrow else 1)
         if "unit" in program.values:
             rows, _ = program.values["unit"].shape
             backend.copy_into(self.arrays["unit"], np.eye(rows, dtype=f"f{program.real_bytes}"))

@@ -262,7 +262,9 @@ class Session:
         )
         self._rates = self._rate_table(rule)
         self._rates.schedule = schedule
-        self._inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
+        self._inference = Inference(
+            self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight, self._narrow
+        )
         self.programs = KeptPrograms(backend)
 
     def take_named(self, loss: Callable[..., Any] | Loss | None) -> None:
@@ -348,8 +350,11 @@ class Session:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes that the program of each of its steps has."""
-        narrow = (Narrow(),) if self.plan == "narrow" else ()
-        return (*self.ledger.passes(self.precision), *sums_over(self.sharding), *narrow)
+        return (*self.ledger.passes(self.precision), *sums_over(self.sharding), *self._narrow)
+
+    @property
+    def _narrow(self) -> tuple[Pass, ...]:
+        return (Narrow(),) if self.plan == "narrow" else ()
 
     @property
     def described(self) -> Features:

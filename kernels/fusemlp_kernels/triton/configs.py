@@ -239,8 +239,8 @@ def resident_constants(tile: ResidentTile, product: str, entropy: bool) -> dict[
 
 
 def narrow_tile(arch: Architecture, precision: str) -> Tile | None:
-    """Return the rows of the batch and the units of a hidden layer that a program of ``train_narrow`` takes at a time;
-    None where it does not fit the registers."""
+    """Return the rows of the batch and the units of a hidden layer that a program of ``train_narrow`` and
+    ``predict_narrow`` takes at a time; None where it does not fit the registers."""
     return NARROW.get(arch.family, {}).get(precision)
 
 
@@ -281,11 +281,11 @@ CLIP = Tile(4, 256, 0, 4, 1)
 MEMBERS = Tile(16, 128, 0, 8, 1)
 # Of ``train_narrow``, by family and precision. The least height of a wgmma is 64, so narrower layers fill it up.
 NARROW = {
-    "sm_80": {"bf16": Tile(16, 64, 0, 4, 1)},
-    "sm_86": {"bf16": Tile(16, 64, 0, 4, 1)},
-    "sm_90": {"bf16": Tile(32, 64, 0, 4, 1)},
+    "sm_80": {"bf16": Tile(16, 64, 0, 4, 1, programs=2)},
+    "sm_86": {"bf16": Tile(16, 64, 0, 4, 1, programs=2)},
+    "sm_90": {"bf16": Tile(32, 64, 0, 4, 1, programs=2)},
     # no fp16, whose gradients carry the loss scale
-    "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1)),
+    "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1, programs=2)),
 }
 # Of ``chip_kernel``, by family: the most rows of a batch and units of a layer, and the widths at the ends.
 CHIP = {

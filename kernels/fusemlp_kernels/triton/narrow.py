@@ -1,4 +1,5 @@
-"""The step of a narrow network on a wide batch in one launch, up to the update: forward, loss, backward, gradients.
+"""The step of a narrow network on a wide batch in one launch, up to the update: forward, loss, backward, gradients;
+and its predictions in one launch.
 
 A program takes every ``programs``-th tile of BM rows. Activations and dz stay on chip; the sums of dw and db stay in
 registers from the first tile to the last, and each program stores its own. The next launch, ``update``, adds
@@ -11,7 +12,9 @@ w2 those of the output layer. Padded columns hold the activation of zero, which 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -268,44 +271,72 @@ def narrow_kernel(
     )  # fmt: skip
 
 
-def _check(call: SimpleNamespace, widest: int) -> None:
-    """Raise ArgumentError for layers or arrays that the kernel does not take."""
-    layers = call.layers
+@kernel(numbers_from="M")
+def predict_narrow_kernel(
+    x, w0, w1, w2, b0, b1, b2, layers, y,
+    M, x_row, y_row, slope, output_slope, programs,
+    BM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, LAYERS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """The outputs y (M, N) of x (M, K)."""
+    second, output = layers + LAYER_COLUMNS, layers + LAYERS * LAYER_COLUMNS
+    N, pitch = tl.load(output + UNITS).to(tl.int32), masked_width(tl.load(layers + INPUTS).to(tl.int32), True)
+    at_k, at_n = tl.arange(0, FIRST), tl.arange(0, OUTPUTS)
+    v0, v1 = weights_of(w0, layers, WIDTH, FIRST), weights_of(w1, second, WIDTH, WIDTH)
+    v2 = weights_of(w2, output, OUTPUTS, WIDTH)
+    for tile in range(tl.program_id(0), tl.cdiv(M, BM), programs):
+        at_m = tile * BM + tl.arange(0, BM)
+        x_at = x + at_m[:, None] * row_pitch(x_row, True) + at_k[None, :]
+        inputs = tl.load(x_at, mask=(at_m < M)[:, None] & (at_k < pitch)[None, :], other=0.0)
+        h, _ = hidden(v0, tl.trans(inputs), b0, layers, slope, ACTIVATION, PRODUCT)
+        if LAYERS > 1:
+            h, _ = hidden(v1, h, b1, second, slope, ACTIVATION, PRODUCT)
+        outputs = tl.trans(activate(affine(v2, h, b2, output, PRODUCT), OUTPUT, output_slope))
+        outputs = tl.where((at_n < N)[None, :], outputs, 0.0).to(y.dtype.element_ty)
+        stored = (at_m < M)[:, None] & (at_n < masked_width(N, True))[None, :]
+        tl.store(y + at_m[:, None] * row_pitch(y_row, True) + at_n[None, :], outputs, mask=stored)
+
+
+def _checked(device: TritonDevice, op: str, call: SimpleNamespace, others: Mapping[str, Tensor]) -> configs.Tile:
+    """Return the tile of an op. Raise an error for layers, or for arrays beside x and theirs, that the kernel does not
+    take."""
+    layers, tile = call.layers, configs.narrow_tile(device.arch, device.precision)
+    if tile is None:
+        raise BackendUnavailableError(
+            f"{op}: there is no kernel for {device.precision} on {device.arch.family}; run the calls one by one"
+        )
     hidden = {(layer.activation, layer.slope) for layer in layers[:-1]}
     if not 2 <= len(layers) <= MOST_LAYERS.value + 1 or len(hidden) != 1:
         raise ArgumentError(
-            f"train_narrow: layers: expected 1 to {MOST_LAYERS.value} hidden layers of one activation, and an "
-            f"output layer; got {', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
+            f"{op}: layers: expected 1 to {MOST_LAYERS.value} hidden layers of one activation, then an output; got "
+            f"{', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
         )
-    if max(call.K, *(layer.N for layer in layers)) > widest:
-        raise ArgumentError(
-            f"train_narrow: layers: expected at most {widest} inputs and units; run the calls one by one"
-        )
+    if max(call.K, *(layer.N for layer in layers)) > tile.columns:
+        raise ArgumentError(f"{op}: layers: expected at most {tile.columns} inputs and units; run the calls one by one")
     for index, (below, above) in enumerate(itertools.pairwise(layers)):
         if below.N != above.K:
             raise ArgumentError(
-                f"train_narrow: layers[{index + 1}]: w: expected {below.N} columns, as layer {index} has outputs, got "
-                f"{above.K}"
+                f"{op}: layers[{index + 1}]: w: expected {below.N} columns, as layer {index} has outputs, got {above.K}"
             )
-    if (call.K, call.target.shape[1] if call.target.ndim == 2 else layers[-1].N) != (layers[0].K, layers[-1].N):
-        raise ArgumentError(
-            f"train_narrow: x, target: expected {layers[0].K} inputs and {layers[-1].N} outputs, got {call.K} and "
-            f"{tuple(call.target.shape)}"
-        )
-    matrices = {"x": call.x} | ({"target": call.target} if call.target.ndim == 2 else {})
-    matrices |= {f"layers[{index}]: {name}": matrix for index, layer in enumerate(layers) for name, matrix in (
-        ("w", layer.w), ("dw", layer.dw)) if matrix is not None}  # fmt: skip
+    matrices = {"x": call.x, **others}
+    for name, matrix in matrices.items():
+        width = layers[0].K if name == "x" else layers[-1].N
+        if matrix.shape[1] != width:
+            raise ArgumentError(f"{op}: {name}: expected {width} columns, as the layers have, got {matrix.shape[1]}")
+    matrices |= {f"layers[{index}]: {name}": matrix for index, layer in enumerate(layers) for name in ("w", "dw")
+                 if (matrix := getattr(layer, name, None)) is not None}  # fmt: skip
     for name, matrix in matrices.items():
         rows, columns = matrix.shape
-        dense = name in ("x", "target") or rows <= 1 or matrix.stride(0) == -(-columns // 8) * 8
+        dense = ":" not in name or rows <= 1 or matrix.stride(0) == -(-columns // 8) * 8
         if not (is_aligned(matrix) and dense):
             raise ArgumentError(
-                f"train_narrow: {name}: expected rows of a multiple of 8 elements with zeros after their end, got "
+                f"{op}: {name}: expected rows of a multiple of 8 elements with zeros after their end, got "
                 f"strides {matrix.stride()}; Backend.view makes such a matrix"
             )
+    return tile
 
 
-def _table(call: SimpleNamespace, base: Tensor) -> list[list[int]]:
+def _table(layers: Sequence[Any], base: Tensor) -> list[list[int]]:
     """The rows of ``LAYER_FIELDS``."""
 
     def place(gradient: Tensor | None) -> int:
@@ -318,43 +349,61 @@ def _table(call: SimpleNamespace, base: Tensor) -> list[list[int]]:
             )
         return element
 
-    fields = ({"inputs": one.K, "units": one.N, "dw": place(one.dw), "db": place(one.db)} for one in call.layers)
-    return [[row.get(name, 0) for name in LAYER_FIELDS] for row in fields]
+    return [[one.K, one.N, *(place(getattr(one, name, None)) for name in ("dw", "db")), 0] for one in layers]
+
+
+def _of_layers(device: TritonDevice, layers: Sequence[Any], base: Tensor) -> dict[str, Any]:
+    """The kernels' arguments for the layers, whose gradients are found from ``base``."""
+    hidden, output = layers[0], layers[-1]
+    # of the layers that there are not, those of the first
+    filled = [*layers[:-1], *[hidden] * (MOST_LAYERS.value + 1 - len(layers)), output]
+    return {
+        **{f"{name}{index}": getattr(one, name) for index, one in enumerate(filled) for name in "wb"},
+        "layers": device.numbers(_table(layers, base), "int64"),
+        "slope": float(hidden.slope), "output_slope": float(output.slope),
+    }  # fmt: skip
+
+
+def _constants(device: TritonDevice, tile: configs.Tile, layers: Sequence[Any]) -> dict[str, Any]:
+    hidden, output = layers[0], layers[-1]
+    return {
+        **configs.narrow_constants(tile, [hidden.K, *(layer.N for layer in layers)]), "PRODUCT": device.product,
+        "ACTIVATION": ACTIVATIONS.index(hidden.activation), "OUTPUT": ACTIVATIONS.index(output.activation),
+    }  # fmt: skip
 
 
 @binds("train_narrow")
 def bind_train_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``train_narrow``."""
-    tile = configs.narrow_tile(device.arch, device.precision)
-    if tile is None:
-        raise BackendUnavailableError(
-            f"train_narrow: there is no kernel for {device.precision} on {device.arch.family}; run the calls one by one"
-        )
-    _check(call, tile.columns)
     layers, loss = call.layers, call.loss
-    hidden, output = layers[0], layers[-1]
-    call.N = output.N
+    tile = _checked(device, "train_narrow", call, {"target": call.target} if call.target.ndim == 2 else {})
+    call.N = layers[-1].N
     gradients = [gradient for one in layers for gradient in (one.dw, one.db) if gradient is not None]
     spare = device.zeros(8, "real")
     base = min(gradients, key=lambda gradient: gradient.data_ptr(), default=spare)
-    # of the layers that there are not, those of the first
-    filled = [*layers[:-1], *[hidden] * (MOST_LAYERS.value + 1 - len(layers)), output]
     arguments = arguments_of(
         device, narrow_kernel, call, **target_arguments(device, call), dslope=spare, hyper=None,
-        **{f"{name}{index}": getattr(one, name) for index, one in enumerate(filled) for name in "wb"},
-        grads=device.far_base(base), layers=device.numbers(_table(call, base), "int64"),
-        settings=device.numbers(loss_settings(loss, call), "real"), partials=device.zeros(5 * call.parts, "float64"),
-        ticket=device.zeros(1, "int32"), programs=call.parts, slope=float(hidden.slope),
-        output_slope=float(output.slope),
+        grads=device.far_base(base), settings=device.numbers(loss_settings(loss, call), "real"),
+        partials=device.zeros(5 * call.parts, "float64"), ticket=device.zeros(1, "int32"), programs=call.parts,
+        **_of_layers(device, layers, base),
     )  # fmt: skip
     if loss.ignore_index is None:
         # no label
         arguments |= {"ignored_low": -1, "ignored_high": -1}
     constants = {
-        **configs.narrow_constants(tile, [hidden.K, *(one.N for one in layers)]),
-        "ACTIVATION": ACTIVATIONS.index(hidden.activation), "OUTPUT": ACTIVATIONS.index(output.activation),
-        "LOSS": LOSSES.index(loss.kind), "SOFT": loss.soft, "GATHER": int(call.rows is not None),
-        "WEIGHTED": call.weight is not None, "CLASSES": call.class_weight is not None, "ACCURACY": loss.accuracy,
-        "PRODUCT": device.product,
+        **_constants(device, tile, layers), "LOSS": LOSSES.index(loss.kind), "SOFT": loss.soft,
+        "GATHER": int(call.rows is not None), "WEIGHTED": call.weight is not None,
+        "CLASSES": call.class_weight is not None, "ACCURACY": loss.accuracy,
     }  # fmt: skip
     return keeping(call, device.launch(narrow_kernel, call.parts, arguments, constants, tile), call.parts)
+
+
+@binds("predict_narrow")
+def bind_predict_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``predict_narrow``."""
+    tile = _checked(device, "predict_narrow", call, {"y": call.y})
+    programs = min(-(-call.M // tile.rows), tile.programs * device.arch.processors)
+    of_layers = _of_layers(device, call.layers, device.zeros(1, "real"))
+    arguments = arguments_of(device, predict_narrow_kernel, call, programs=programs, **of_layers)
+    constants = _constants(device, tile, call.layers)
+    return device.launch(predict_narrow_kernel, programs, arguments, constants, tile)

@@ -130,26 +130,31 @@ class SumOverRanks:
 
 @dataclass(frozen=True)
 class Narrow:
-    """The calls of a step up to its update as ``train_narrow``, for a narrow network on wide batches.
+    """The calls of a step up to its update as ``train_narrow``, for a narrow network on wide batches, and those of
+    predictions as ``predict_narrow``.
 
     The gradients are summed in parts. A step with other calls, such as one against attacks, stays as it is.
     """
 
     def __call__(self, program: Program, step: Step) -> Program:
-        """Return the program of two calls."""
+        """Return the program of two calls, or of one."""
         depth, names = step.net.layers, [call.op for call in program.calls]
         forward, middle, end = program.calls[:depth], names[depth:-2], names[-2:]
+        layers = [{name: call.operands[name] for name in _OF_LAYER if name in call.operands} for call in forward]
+        products = tuple(product for call in program.calls for product in call.products)
+        values = {name: value for name, value in program.values.items() if value.kind != "work"}
+        if names == ["linear"] * depth and depth > 1 and step.layers is None and step.inputs.coding is None:
+            values["y"] = program.values["y"]
+            operands = {"x": forward[0].operands["x"], "layers": tuple(layers), "y": forward[-1].operands["y"]}
+            return replace(program, values=values, calls=(Call("predict_narrow", operands, "", products),))
         whole = ["linear"] * (depth - 1) + ["linear_loss_grad"], ["grad_weight", "update"]
         limits = step.traits.narrow
         if limits is None or (names[:depth], end) != whole or set(middle) - {"grad_input"} or step.keep_gradients:
             return program
         gradients, update = program.calls[-2:]
-        layers = []
-        for layer, call in enumerate(forward):
-            shared = {name: call.operands[name] for name in _OF_LAYER if name in call.operands}
+        for layer, entry in enumerate(layers):
             shorts = {f"d{kind}": f"{kind}{layer}" for kind in "wb"}
-            trained = {name: Ref(f"d{short}") if short in program.trainable else None for name, short in shorts.items()}
-            layers.append({**shared, **trained})
+            entry |= {name: Ref(f"d{short}") if short in program.trainable else None for name, short in shorts.items()}
         last = forward[-1].operands
         parts = min(step.most_parts, limits.parts(step.batch_size))
         cut = {"parts": parts, "part": step.layout.size}
@@ -157,7 +162,5 @@ class Narrow:
             **{name: last[name] for name in _OF_STEP if name in last},
             **{"x": forward[0].operands["x"], "layers": tuple(layers), "rule": gradients.operands["rule"], **cut},
         }
-        products = tuple(product for call in program.calls for product in call.products)
         calls = Call("train_narrow", operands, f"in {parts} parts", products), update.but(**cut)
-        values = {name: value for name, value in program.values.items() if value.kind != "work"}
         return replace(program, values=values, calls=calls)
