@@ -321,7 +321,9 @@ def loss_and_gradient(
         tl.store(sums + 1, right.to(tl.float64), mask=first)
         tl.store(sums + 2, scored.to(tl.float64), mask=first)
         tl.store(sums + 3, below.to(tl.float64), mask=first)
-        g = tl.sum(result.to(tl.float32)[:, :, None] * w_tile.to(tl.float32)[None, :, :], axis=1)
+        zero = tl.zeros((BM, BN), tl.float32)
+        acc, rest = product(result, w_tile, zero, zero, PRODUCT)
+        g = whole_sum(acc, rest, PRODUCT)
         if threshold > 0:
             kept = keep_mask(block * BM, col, batch_index, layer, key0, key1, threshold, BM, BN)
             g = tl.where(kept, g * keep_scale, 0.0)
