@@ -108,7 +108,9 @@ def planned(options: Any) -> Plan:
     elif device == "gpu" and card() is None:
         raise ValueError("--device gpu: no card was found (nvidia-smi, /dev/kfd)")
     names = options.cases or (QUICK if options.quick else list(CASES))
-    cases = [replace(CASES.get(name) or parsed(name), device=device) for name in dict.fromkeys(names)]
+    # suffixes may be in another order than in CASES
+    names = dict.fromkeys(name if name in CASES else parsed(name).name for name in names)
+    cases = [replace(CASES.get(name) or parsed(name), device=device) for name in names]
     if device == "cpu":
         for case in cases:
             if case.gpu_only and options.cases:

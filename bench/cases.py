@@ -139,7 +139,10 @@ def parsed(name: str) -> Case:
         )
     changes: dict[str, Any] = {}
     for suffix in match[3].split(":")[1:]:
-        changes |= _SUFFIXES.get(suffix) or {"models": int(suffix.removeprefix("x"))}
+        change = _SUFFIXES.get(suffix) or {"models": int(suffix.removeprefix("x"))}
+        if changes.keys() & change.keys() - {"gpu_only"}:
+            raise ValueError(f"case: {name!r} has two suffixes of one kind; leave {suffix!r} out")
+        changes |= change
     case = Case(tuple(map(int, match[1].split("-"))), int(match[2]), steps=1, **changes)
     passes = TURN / (case.flops * (case.models or 1))
     steps = min(max(round(passes / 10), 4), 600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -53,13 +54,18 @@ def limited(isa: str | None) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, LIBRARY)
         done = subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, SOURCE], check=False)
-        yield settings if done.returncode else {**settings, "LD_PRELOAD": str(library)}
+        preloaded = " ".join([str(library), *os.environ.get("LD_PRELOAD", "").split()])
+        # Python's own handler of faults would take the place of the library's
+        hidden = {"LD_PRELOAD": preloaded, "PYTHONFAULTHANDLER": ""}
+        yield settings if done.returncode else {**settings, **hidden}
 
 
 def instruction_sets() -> dict[str, str]:
     """Return the instruction set that each library of this process says it uses; XLA says nothing. Of CPUID the one
     that ``limited`` leaves."""
-    used = {"CPUID": "avx2"} if Path(os.environ.get("LD_PRELOAD", "")).name == LIBRARY else {}
+    libraries = [name for name in os.environ.get("LD_PRELOAD", "").split() if Path(name).name == LIBRARY]
+    # the library says whether this process is one in which CPUID faults
+    used = {"CPUID": "avx2"} if libraries and ctypes.CDLL(libraries[0]).hides() else {}
     if "torch" in sys.modules:
         used["PyTorch"] = str(sys.modules["torch"].backends.cpu.get_cpu_capability())
     compiler = sys.modules.get("fusemlp_kernels.numpy.compiled.compiler")

@@ -293,7 +293,7 @@ def _peak(line: Record) -> list[str]:
     if line.get("isa"):
         text += f" Limited to {line['isa']}; "
         confirmed = [f"{name} {isa}" for sets in line["instruction_sets"].values() for name, isa in sets.items()]
-        if any("CPUID" in sets for sets in line["instruction_sets"].values()):
+        if all("CPUID" in sets for sets in line["instruction_sets"].values()):
             return [f"{text}CPUID hides what is wider from every contender."]
         blas = {
             pool["architecture"] for pools in line["thread_pools"].values() for pool in pools if pool["architecture"]

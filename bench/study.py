@@ -57,11 +57,9 @@ def count(text: str) -> int:
 def network(text: str) -> Case:
     """Parse a case written as widths@batch, such as 784-128-10@64; it has two steps an epoch."""
     try:
-        case = parsed(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if ":" in text:
-        raise argparse.ArgumentTypeError(f"expected widths@batch without suffixes, got {text!r}")
+        case = parsed(text.replace(":", "@"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected widths@batch such as 784-128-10@64, got {text!r}") from None
     return replace(case, steps=2, epochs=1)
 
 

@@ -281,6 +281,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch, capsys):
         (["--peer", "engine,torch_eagre"], "did you mean 'torch_eager'?"),
         (["--case", "784-10-10@32:adm"], "did you mean '784-10-10@32:adam'?"),
         (["--case", "784-0-10@32"], "or another as widths@batch"),
+        (["--case", "784-10-10@32:x2:x4"], "has two suffixes of one kind; leave 'x4' out"),
         (["comprae", "a", "b"], "did you mean 'compare'?"),
         (["scale", "--ranks", "2"], "scale: this study has ended; bench/README.md has its figures"),
         (["--repeats", "0"], "a whole number of at least 1, got '0'"),

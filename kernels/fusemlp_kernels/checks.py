@@ -23,9 +23,8 @@ REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
-    **dict.fromkeys(
-        (("numpy", "train_narrow"), ("numpy", "predict_narrow")), "its products fill the cache already; use linear"
-    ),
+    ("numpy", "train_narrow"): "its products fill the cache already; use train_resident",
+    ("numpy", "predict_narrow"): "its products fill the cache already; use linear",
     **{("cupy", op): "its plans are eager and graph" for op in ("train_narrow", "predict_narrow")},
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
@@ -220,6 +219,9 @@ def check_together(op: str, operands: Mapping[str, Any]) -> None:
         raise ArgumentError(f"{op}: activation: it takes no learned slope; give another activation than prelu")
     if activation == "prelu" and operands["slope_param"] is None:
         raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
+    eps = operands.get("eps")
+    if eps is not None and not eps > 0.0:
+        raise ArgumentError(f"{op}: eps: expected a number above 0, got {eps!r}")
     if "loss" in operands:
         loss, kind = operands["loss"], operands["loss"].kind
         if kind not in (*LOSSES, *DISTRIBUTIONS):

@@ -385,7 +385,7 @@ def resident_refusal(
     if precision not in limits.precisions:
         return f"{kernel} is for {', '.join(limits.precisions)}, not for {precision}"
     if len(sizes) - 2 < limits.hidden:
-        return f"{kernel} takes {limits.hidden} hidden layer or more, not {len(sizes) - 2}"
+        return f"{kernel} needs {limits.hidden} hidden layer, got {len(sizes) - 2}"
     return None
 
 

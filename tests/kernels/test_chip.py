@@ -95,10 +95,18 @@ def test_steps_that_the_kernel_does_not_take_are_refused(variant, number, change
         Fleet(variant, shape, [replace(plain, **model)], plan="chip")
 
 
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize(("plan", "said"), [("card", "'card' is for one model, got 2"), ("chp", "unknown name 'chp'")])
+def test_other_plans_of_several_models_are_refused(variant, plan, said):
+    shape, model = chip(2)
+    with pytest.raises(ArgumentError, match=f"train_fleet: plan: {said}"):
+        Fleet(variant, shape, varied(model, 2), plan=plan)
+
+
 NET = MLP([6, 9, 3])
 REFUSED = {
     "wide": (MLP([6, 33, 3]), {}, "33 units in a hidden layer are more than the 32 of the triton backend's chip"),
-    "flat": (MLP([6, 3]), {}, "chip kernel takes 1 hidden layer or more, not 0"),
+    "flat": (MLP([6, 3]), {}, "chip kernel needs 1 hidden layer, got 0"),
     "norm": (MLP([6, 9, 3], norm="layer"), {}, "chip kernel trains without norm"),
     "fp16": (NET, {"precision": "fp16"}, "chip kernel is for fp32, tf32, bf16, not for fp16"),
 }
@@ -119,6 +127,8 @@ def test_a_fleet_on_the_chip_trains_as_one_by_one_and_says_that_no_card_has_run_
     with pytest.raises(fusemlp.ArgumentError, match="the chip kernel drops nothing so far, got 'chip'"):
         Engine(NET.but(dropout=0.2), plan="chip", **options).fit(x, y, epochs=1)
     engine = Engine(NET, plan="chip", **options)
+    # its head has no hidden layer, and another plan
+    assert len(engine.probe(x, y, epochs=1).history["loss"]) == 1
     assert engine.plan_reason == "asked for; no card has run it yet"
     found = {}
     for plan in ("chip", "resident"):

@@ -11,12 +11,14 @@ from memory import Values, exact, poisoned
 from tolerance import TF32X3, Products, assert_within, bound, largest_partial_sum
 
 from fusemlp import MLP, Adam, Engine
+from fusemlp.runtime.plans import has_plan
 from fusemlp_kernels.contract import LossSpec, UpdateRule
 
 pytestmark = marks_of(GPU)
 
 FP32 = Variant(GPU, "fp32")
 NET = MLP([9, 8, 6, 4] if REHEARSED else [61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
+SMALL = MLP([9, 6, 4] if REHEARSED else [61, 32, 10])
 
 
 @pytest.fixture(params=["eager", "graph"])
@@ -122,16 +124,20 @@ def test_a_fleet_repeats_bitwise_and_in_launches_of_any_length():
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("net", [NET, SMALL], ids=["two hidden layers", "one"])
 @pytest.mark.parametrize("precision", ["fp32"] if REHEARSED else ["fp32", "tf32", "bf16"])
-def test_launches_of_many_steps_are_the_training_of_a_graph(precision):
+def test_other_plans_are_the_training_of_a_graph(precision, net):
     """Other sums, so other roundings: the losses of an epoch agree to the precision of the products."""
     rng = np.random.default_rng(0)
-    rows, inputs, outputs = 32 if REHEARSED else 320, NET.sizes[0], NET.sizes[-1]
+    rows, inputs, outputs = 32 if REHEARSED else 320, net.sizes[0], net.sizes[-1]
     X, y = rng.standard_normal((rows, inputs)).astype(np.float32), rng.integers(0, outputs, rows)
-    fitted = []
-    plans = {"resident", "card"} & {*Engine(NET, backend="triton", precision=precision).memory.backend.traits.plans}
+    traits = Engine(net, backend="triton", precision=precision).memory.backend.traits
+    plans = [plan for plan in ("resident", "card", "chip", "narrow") if has_plan(traits, plan, net, precision)]
+    fitted, predicted = [], []
     for plan in ("eager" if REHEARSED else "graph", *plans):
-        engine = Engine(NET, batch_size=32, seed=3, backend="triton", precision=precision, plan=plan)
+        engine = Engine(net, batch_size=32, seed=3, backend="triton", precision=precision, plan=plan)
         fitted.append(engine.fit(X, y, epochs=1).history["loss"][0])
+        predicted.append(engine.evaluate(X, y).loss)
     tolerance = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}[precision] * fitted[0]
-    assert all(abs(loss - fitted[0]) <= tolerance for loss in fitted)
+    for losses in (fitted, predicted):
+        assert all(abs(loss - losses[0]) <= tolerance for loss in losses)

@@ -215,6 +215,7 @@ def test_a_checkpoint_goes_on_in_as_many_parts(tmp_path):
     engine.fit(X, classes, epochs=1)
     engine.save_checkpoint(tmp_path / "narrow.npz")
     resumed = fusemlp.load_checkpoint(tmp_path / "narrow.npz", backend="triton")
+    assert [call.op for call in resumed.inference.forward.program(BATCH).program.calls] == ["predict_narrow"]
     assert resumed.program.calls[0].operands["parts"] == engine.program.calls[0].operands["parts"] > 1
     for each in (engine, resumed):
         each.fit(X, classes, epochs=1)

@@ -61,7 +61,8 @@ def test_copied_operands_give_the_same_bits(turned, m, n, k, dtype):
     stored = np.ascontiguousarray(a.T) if turned else a
     strides = (1, m) if turned else (k, 1)
     product, zeros = products.by_address(dtype)[0].ctypes, np.zeros(PANEL, dtype)
-    room = np.full(2 * products.HALF + 64, np.nan, dtype)
+    half = products.HALF // dtype().itemsize
+    room = np.full(2 * half + 64, np.nan, dtype)
     found = []
     for address in (0, room.ctypes.data):
         c = np.full((m, n), 3, dtype)
@@ -71,8 +72,8 @@ def test_copied_operands_give_the_same_bits(turned, m, n, k, dtype):
         )  # fmt: skip
         found.append(c)
     assert np.array_equal(*found)
-    assert np.isnan(room[2 * products.HALF :]).all()
-    fits = k * products.TILE_VECTORS * products.REGISTER_BYTES // dtype().itemsize <= products.HALF
+    assert np.isnan(room[2 * half :]).all()
+    fits = k * products.TILE_VECTORS * products.REGISTER_BYTES // dtype().itemsize <= half
     assert np.isnan(room).all() != (products.COPIES and fits)
     exact = 0.5 * (a.astype(np.longdouble) @ b[:, :n]) + 0.75
     terms = 0.5 * np.abs(a).astype(np.longdouble) @ np.abs(b[:, :n]) + 0.75

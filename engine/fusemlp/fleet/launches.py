@@ -20,7 +20,7 @@ from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
-from fusemlp.runtime.plans import one_thread, resident_chunk, shares_launches
+from fusemlp.runtime.plans import AT_ONCE, one_thread, resident_chunk, shares_launches
 from fusemlp.runtime.programs import walk_rows
 from fusemlp.runtime.steps import TrainingStep, lower
 from fusemlp.training.loop import EpochLoop
@@ -56,7 +56,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
         chosen = first.plan_for(plan, first.batch_size, models=len(together))
         for engine in together:
             engine.plan, engine.plan_reason = chosen
-        if chosen[0] in ("chip", "resident"):
+        if chosen[0] in AT_ONCE:
             groups.append((LaunchGroup(together), places))
     return groups
 
@@ -116,7 +116,8 @@ class LaunchGroup:
         self._epoch_stats = None
         if epochs > 1:
             self._epoch_stats = allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
-        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.widths, loops[0].batch_size))
+        flops = step_flops(self.engines[0].network.widths, loops[0].batch_size)
+        chunk = resident_chunk(self._backend.traits, flops, self.engines[0].plan)
         for index, loop in enumerate(loops):
             stats = None if self._epoch_stats is None else self._epoch_stats[index]
             first = 0 if firsts is None else firsts[index]

@@ -48,6 +48,8 @@ CALLED_BACK = 16
 LAUNCH_SECONDS = 0.05
 # On a card the plans of which a launch has many steps.
 LOOPED = ("card", "chip", "resident")
+# And those of which a launch has many models.
+AT_ONCE = ("chip", "resident")
 
 
 def open_here(name: str, device: str | None, precision: str) -> Backend:
@@ -81,7 +83,13 @@ def was_asked(reason: str) -> bool:
 
 def has_plan(traits: Traits, plan: str, net: MLP, precision: str) -> bool:
     """Return True if a backend can go on with a plan of another engine for such a network."""
-    return plan in traits.plans and (plan != "narrow" or _narrow_refusal(traits, net, precision) is None)
+    if plan not in traits.plans:
+        return False
+    if plan == "narrow":
+        return _narrow_refusal(traits, net, precision) is None
+    # for batches as long as those of the other
+    limits = traits.looped(plan) if plan in LOOPED else None
+    return resident_refusal(limits, traits.name, net.widths, 1, precision, ()) is None
 
 
 def _narrow_refusal(traits: Traits, net: MLP, precision: str) -> str | None:

@@ -320,6 +320,8 @@ class Session:
             before = self.memory
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.take(before)
+        # the plan may be another one by now
+        self.inference.forward.passes = self._narrow
 
     def lay_out(self, coding: Coding | None) -> None:
         """Lay out the weights of the first layer for rows with a coding, or for dense ones with None."""

@@ -21,7 +21,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.plans import TRAITS, cpu_threads, first_available
+from fusemlp.runtime.plans import AT_ONCE, TRAITS, cpu_threads, first_available
 from fusemlp.runtime.ranks import started
 from fusemlp.tables import descriptions
 from fusemlp.tables import recipe as recipes
@@ -247,7 +247,7 @@ def models_within(seconds: float, fleet: Fleet, X: Array, y: Array, notes: list[
     """
     engine, some = fleet.first, BATCHES * fleet.first.batch_size
     on_host = engine.memory.backend.traits.on_host
-    if engine.plan == "resident" and not on_host:
+    if engine.plan in AT_ONCE and not on_host:
         # all in one launch
         return len(fleet)
     with warnings.catch_warnings():

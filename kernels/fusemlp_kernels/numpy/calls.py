@@ -501,6 +501,8 @@ def _train_resident(table: CallTable, step: SimpleNamespace) -> None:
             "train_resident: calls: expected those of a training step, with a loss and last what advances "
             f"the clock, got {', '.join(op for op, _ in calls)}"
         )
+    if step.plan != "resident":
+        raise ArgumentError(f"train_resident: plan: {step.plan!r} is Triton's alone; leave it out")
     table.shards = len(shards)
     table.fill(shard_rows=step.batch if shards else 0)
     for at, (op, operands) in enumerate(calls):

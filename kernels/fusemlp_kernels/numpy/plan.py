@@ -22,8 +22,8 @@ MOST_TASKS = 64
 PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
-# Up to this many rows in a task where each thread has this many tasks at least: weights that are larger than a core's
-# cache are read once for all rows of a task, but a thread that another process holds up keeps the others waiting.
+# Up to about this many rows in a task where each thread has this many tasks at least: weights that are larger than a
+# core's cache are read once for all rows of a task, but others wait for a thread that another process holds up.
 TASK_ROWS, ALONE = {1: 64, 2: 256, 4: 512}, {1: 512}
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times

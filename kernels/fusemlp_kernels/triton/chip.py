@@ -67,7 +67,7 @@ from fusemlp_kernels.triton.resident_layers import (
 )
 from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width, row_pitch
 
-# Elements of a bias, no fewer than threads: see ``card``.
+# Elements of a bias, no fewer than threads: of a shorter tensor Triton loads elements twice (``resident_layers``).
 VECTOR: tl.constexpr = tl.constexpr(64)
 
 

@@ -24,7 +24,7 @@ from fusemlp_kernels.contract import (
     Segment,
     UpdateRule,
 )
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.triton import clock, configs, resident, resident_layers
 from fusemlp_kernels.triton.card import card_kernel
 from fusemlp_kernels.triton.chip import chip_constants, chip_kernel, sums_table
@@ -351,6 +351,10 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
     card = call.plan == "card"
     models, params = len(calls), arenas["params"]
+    if call.plan not in ("card", "chip", "resident"):
+        raise unknown_name(f"{op}: plan", call.plan, ("card", "chip", "resident"))
+    if card and models > 1:
+        raise ArgumentError(f"{op}: plan: 'card' is for one model, got {models}; use 'chip' or 'resident'")
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
     steps = [Phases(op, program, arena) for program, arena in zip(calls, params, strict=True)]
     first = steps[0]

@@ -259,14 +259,14 @@ def transpose_square(
 # Operands are copied where this was measured to pay, on x86: in registers of 32 bytes and less, and in longer ones
 # where the cache has 48 KB, as Intel's have it since Ice Lake.
 COPIES = X86 and (REGISTER_BYTES < 64 or cache(1) >= 48 << 10)
-# Numbers of each of the two copies, which take a bit over half of the second cache in float32; rows of a product for
-# which a strip of b is copied, and bytes from the first row of b to the last beyond which; numbers between the tiles of
-# a copy of a, for each row.
-HALF, STRIP_ROWS, CACHED, BETWEEN = max(40960, cache(2) * 9 // 128), 4 * TILE_ROWS, 1 << 15, 2
+# Bytes of each of the two copies, which take a bit over half of the second cache, if that has 570 KB or more; rows of a
+# product for which a strip of b is copied, and bytes from the first row of b to the last beyond which; numbers between
+# the tiles of a copy of a, for each row.
+HALF, STRIP_ROWS, CACHED, BETWEEN = max(160 << 10, cache(2) * 9 // 32), 4 * TILE_ROWS, 1 << 15, 2
 # Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
 CUT = Cut(math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0)
-# The bytes of both copies, in the largest type.
-ROOM_BYTES = 2 * HALF * 8 if COPIES else 0
+# The bytes of both copies.
+ROOM_BYTES = 2 * HALF if COPIES else 0
 # The type of the elements; each type has a copy of these functions.
 REAL: Any = np.float32
 
@@ -335,7 +335,7 @@ def _product(
     a, b, c and start are addresses, the others strides in elements: b_panel from the first PANEL columns of b to the
     next. The same row of start is added to all rows; without start_step it is PANEL numbers, again and again.
 
-    ``room`` is memory for two times HALF numbers, or 0. If b is large and the numbers that a tile reads of it lie far
+    ``room`` is memory for two times HALF bytes, or 0. If b is large and the numbers that a tile reads of it lie far
     apart, they are copied there first: many such lines share one place in the cache, and each has its own in the table
     of pages. So are those of a, if its columns lie together.
     """
@@ -343,20 +343,20 @@ def _product(
     real, size = like.dtype.type, like.itemsize
     lanes = REGISTER_BYTES // size
     width = TILE_VECTORS * lanes
-    scale, keep = real(alpha), real(beta)
+    scale, keep, most = real(alpha), real(beta), HALF // size
     strips = (
         COPIES
         and room != 0
         and b_step > PANEL
         and rows >= STRIP_ROWS
         and size * depth * b_step > CACHED
-        and depth * width <= HALF
+        and depth * width <= most
     )
-    turns = strips and a_row == 1 and (depth + BETWEEN) * STRIP_ROWS <= HALF
+    turns = strips and a_row == 1 and (depth + BETWEEN) * STRIP_ROWS <= most
     some = rows
     if turns:
         # all parts of about the same height: each has the strips copied anew
-        parts = -(-rows // (HALF // (depth + BETWEEN) // TILE_ROWS * TILE_ROWS))
+        parts = -(-rows // (most // (depth + BETWEEN) // TILE_ROWS * TILE_ROWS))
         some = -(-rows // (parts * TILE_ROWS)) * TILE_ROWS
     for top in range(0, rows, max(some, 1)):
         end = min(rows, top + some)
@@ -371,7 +371,7 @@ def _product(
             b_at, b_next, c_at = b + size * (panel * b_panel + inside), b_step, c + size * j
             first = start + size * j * start_step
             if strips:
-                strip = room + size * HALF
+                strip = room + HALF
                 _copy_strip(like, b_at, b_step, depth, left, strip)
                 b_at, b_next = strip, width
             for i in range(top, end, TILE_ROWS):
