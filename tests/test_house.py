@@ -17,7 +17,7 @@ BUDGETS = {
     "engine/fusemlp/inputs": 1_420,
     "engine/fusemlp/program": 1_780,
     "engine/fusemlp/report": 2_950,
-    "engine/fusemlp/runtime": 3_870,
+    "engine/fusemlp/runtime": 3_880,
     "engine/fusemlp/sklearn": 2_980,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_680,
