@@ -107,11 +107,11 @@ def kind(path: Path) -> str:
     first = read(path)[0] if path.is_file() else {}
     busy = f"busy {first['busy']}" if first.get("busy") else ""
     limits = f"{first.get('isa') or ''} {busy}".strip()
-    found = str(first.get("door", first.get("study", limits)))
+    name = str(first.get("door", first.get("study", limits)))
     if first.get("card"):
         studied = f"{first.get('backend')} {first.get('precision')} " if "study" in first else ""
-        found = f"{found} {studied}on {first['card']['name']}".strip()
-    return found
+        name = f"{name} {studied}on {first['card']['name']}".strip()
+    return name
 
 
 def with_card(text: str, folder: Path) -> str:

@@ -367,9 +367,9 @@ class Ranks(Single):
         return [bool(count) for count in counts]
 
     def of_first(self, values: Mapping[str, float]) -> dict[str, float]:
-        found = np.array([*values.values()], np.float64)
-        self._collective(lambda: self._dist.broadcast(self._tensor(found), src=0, group=self._group))
-        return dict(zip(values, found.tolist(), strict=True))
+        numbers = np.array([*values.values()], np.float64)
+        self._collective(lambda: self._dist.broadcast(self._tensor(numbers), src=0, group=self._group))
+        return dict(zip(values, numbers.tolist(), strict=True))
 
     def texts(self, text: str) -> list[str]:
         """Return the texts of all ranks."""
