@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from processes import python
 
 from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine, PReLU
+from fusemlp.sklearn import MLPClassifier
 from fusemlp_kernels.numpy import launches, plan
 from fusemlp_kernels.numpy.compiled import tables as t
 
@@ -68,7 +69,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(program, precision, mon
 
     monkeypatch.setattr(launches._Team, "lead", watched)
     found = set()
-    for number in (1, 2, 3, 4):
+    for number in (1, 2, 3, 4, plan.FEW + 2):
         with_threads(monkeypatch, number)
         led.clear()
         engine = Engine(net, loss=loss, optimizer=optimizer, batch_size=128, seed=1, precision=precision)
@@ -78,6 +79,17 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(program, precision, mon
         # a launch of fewer tasks has fewer threads
         assert max(led, default=1) == number
     assert len(found) == 1
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_sum_of_a_penalty_does_not_depend_on_the_number_of_threads(monkeypatch):
+    curves = set()
+    for number in (1, 2, plan.FEW + 2):
+        with_threads(monkeypatch, number)
+        model = MLPClassifier((300,), alpha=0.1, max_iter=2, batch_size=128, random_state=1)
+        model.fit(np.sin(np.arange(700 * 200.0)).reshape(700, 200), LABELS)
+        curves.add(tuple(model.loss_curve_))
+    assert len(curves) == 1
 
 
 def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch):
@@ -98,7 +110,7 @@ def test_a_task_has_more_rows_where_there_are_blocks_enough_for_all_threads():
     assert [plan.row_tasks(8, 16, threads) for threads in (1, 2, 3, 4)] == [1, 2, 3, 4]
     assert [plan.row_tasks(block, 64, 1) for block in (8, 64, 256, 512, 1024, 0)] == [1, 8, 32, 64, 64, 1]
     # each of two threads has as many, of about the same length: 36 blocks make no five tasks
-    assert [plan.row_tasks(8, blocks, 2) for blocks in (1, 16, 36, 63, 128, 640)] == [1, 2, 4, 4, 4, 10]
+    assert [plan.row_tasks(8, blocks, 2) for blocks in (1, 16, 36, 63, 100, 640)] == [1, 2, 2, 2, 4, 10]
 
 
 def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch, caplog):

@@ -24,11 +24,12 @@ PIECES = 4
 ROWS = 8
 # Up to about this many rows in a task where each thread has this many tasks at least: weights that are larger than a
 # core's cache are read once for all rows of a task, but others wait for a thread that another process holds up.
-TASK_ROWS, ALONE = {1: 64, 2: 256, 4: 512}, {1: 512}
+TASK_ROWS, ALONE = {1: 256, 4: 512}, {1: 512}
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
-# little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times
-# the work of others, and a part of the rows stays for small ones, with which threads end at about the same time.
-SHORTEST, TALL, SMALL_PART = 512, 2, 4
+# little to do in vector registers. If products copy their operands, large pieces save copies: tall ones have rows of
+# at least WIDE elements and TALL times the work of others, and a part of the rows stays for small ones, with which
+# threads end at about the same time. Up to FEW threads share the others in about TOGETHER parts.
+SHORTEST, WIDE, TALL, SMALL_PART, FEW, TOGETHER = 512, 768, 2, 8, 4, 7
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
@@ -105,7 +106,7 @@ def plan(
     def phase(first: int, group: Sequence[Row]) -> None:
         nonlocal most
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
-        start, count = len(tasks), 1
+        start, count, large = len(tasks), 1, 0
         if cut == t.BY_PIECES:
             total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, wanted.tall, math.inf))
             count = min(_tasks(total), wanted.most_tasks)
@@ -123,13 +124,14 @@ def plan(
                 cost += work
                 if cost * count >= total * (ended + 1):
                     tasks.append((begun, len(pieces)))
+                    large += wanted.tall > 0 and SMALL_PART * (total - cost) >= total
                     begun, ended = len(pieces), cost * count // max(total, 1)
             if begun < len(pieces):
                 tasks.append((begun, len(pieces)))
             count = len(tasks) - start
         elif cut == t.BY_ROWS:
             count = 0 if group[0].kind == "PAUSE" else by_rows
-        phases.append((cut, first, first + len(group), count, start))
+        phases.append((cut, first, first + len(group), count, start, max(1, large // TOGETHER), large))
         most = max(most, count)
 
     if packs:
@@ -250,7 +252,7 @@ def _pieces(
         if tall and row.n * row.k * each > grain:
             high = row.n * (SMALL_PART - 1) // (SMALL_PART * tall) * tall
             blocks = [
-                *_blocks(0, high, row.k, high * row.k * each / (TALL * grain), SHORTEST // 2, tall),
+                *_blocks(0, high, row.k, high * row.k * each / (TALL * grain), WIDE, tall),
                 *_blocks(high, row.n, row.k, (row.n - high) * row.k * each / grain, SHORTEST // 4, t.PANEL),
             ]
         else:

@@ -17,7 +17,7 @@ from fusemlp_kernels.coding import Coding, Column
 from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import aligned, compiled, launch, loop_of, threads
-from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, row_tasks
+from fusemlp_kernels.numpy.plan import FEW, PIECEWISE, Row, plan, row_tasks
 from fusemlp_kernels.ops import OPS, READ, Operand, expected
 from fusemlp_kernels.philox import LANES, NORMALS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS
@@ -34,8 +34,8 @@ _KINDS = [[field[0].kind for field in (record.fields or {}).values()] for record
 FORMATS = [f"{kinds.count('i')}q{kinds.count('f')}d" for kinds in _KINDS]
 SIZES = [record.itemsize for record in PARTS]
 
-STEPS, STEP, AT_PHASE, ROW_TASKS, PRODUCT, EPOCHS, EPOCH_STATS = map(
-    HEAD.__getitem__, ("steps", "step", "phase", "row_tasks", "product", "epochs", "epoch_stats")
+STEPS, STEP, AT_PHASE, ROW_TASKS, BY_FEW, PRODUCT, EPOCHS, EPOCH_STATS = map(
+    HEAD.__getitem__, ("steps", "step", "phase", "row_tasks", "few", "product", "epochs", "epoch_stats")
 )
 # Those of the numbers of an optimizer's rule.
 NUMBERS = [HEAD[name] for name in HYPERPARAMETERS]
@@ -319,8 +319,9 @@ def _launch(
     # the default holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, memory, epoch_stats)) -> None:
         words[STEPS], words[STEP], words[AT_PHASE] = steps, 0, -1
-        if blocks > 1:
-            words[ROW_TASKS] = row_tasks(block, blocks, threads())
+        if tasks > 1:
+            count = threads()
+            words[ROW_TASKS], words[BY_FEW] = row_tasks(block, blocks, count), count <= FEW
         if not words[PRODUCT]:
             module, real = products
             functions = compiled(module).by_address(real)

@@ -68,8 +68,9 @@ def update_part(p: Any, g: Any, s0: Any, s1: Any, count: int, tensor: Any, rule:
 
 @register_jitable(**EXACT)
 def _add_products(
-    call: Any, head: Any, like: Any, dz: int, x: int, count: int, piece: Any, alpha: float, beta: float, room: int
-) -> None:
+    call: Any, head: Any, like: Any, dz: int, x: int, count: int, piece: Any, bottom: int, alpha: float, beta: float,
+    room: int,
+) -> None:  # fmt: skip
     """A piece of ``out = alpha * dz.T @ x + beta * out``, DEPTH rows of the batch at a time; dz and x are addresses."""
     size, outputs, inputs, top, left = like.itemsize, call.n, call.k, piece.top, piece.left
     for first in range(0, max(count, 1), t.DEPTH):
@@ -77,7 +78,7 @@ def _add_products(
             head.product, dz + size * (first * outputs + top), 1, outputs,
             x + size * (first * inputs + left), t.PANEL, inputs, min(t.DEPTH, count - first),
             head.zeros, 0, alpha, beta,
-            call.out + size * (top * inputs + left), inputs, piece.bottom - top, piece.right - left, room,
+            call.out + size * (top * inputs + left), inputs, bottom - top, piece.right - left, room,
         )  # fmt: skip
         beta = 1.0
 
@@ -104,8 +105,11 @@ def _column_sums(
 
 
 @register_jitable(**EXACT)
-def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, room: int) -> None:
-    """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
+def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, bottom: int, room: int) -> None:
+    """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter.
+
+    A piece of a weight matrix goes down to ``bottom``.
+    """
     size, outputs = like.itemsize, call.n
     count = shard_rows(call, head, counters)
     alpha, beta = 1.0, 0.0 if counters[c.BATCH_INDEX] % head.accumulate == 0 else 1.0
@@ -118,9 +122,9 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, room: 
         # the rows of the weights of one member after another, each by its outputs_each rows of the batch
         inputs, members = call.k, call.members
         outputs_each = outputs // members
-        while top < piece.bottom:
+        while top < bottom:
             member = top // outputs_each
-            stop = min(piece.bottom, (member + 1) * outputs_each)
+            stop = min(bottom, (member + 1) * outputs_each)
             call_function(
                 head.product, call.dz + size * top, 1, outputs,
                 call.x + size * (member * inputs + left), t.PANEL, members * inputs, count // members,
@@ -129,7 +133,8 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, room: 
             )  # fmt: skip
             top = stop
     elif call.kind == t.WEIGHT:
-        _add_products(call, head, like, call.dz, call.x, count, piece, alpha, beta, room)
+        if bottom > top:
+            _add_products(call, head, like, call.dz, call.x, count, piece, bottom, alpha, beta, room)
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call.kind == t.BIAS else 1
@@ -201,8 +206,8 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
 
 
 @register_jitable(**EXACT)
-def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: int, room: int) -> float:
-    """A piece of a tensor; what it adds to the sums of its phase."""
+def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, bottom: int, task: int, room: int) -> float:
+    """A piece of a tensor; what it adds to the sums of its phase. The gradient by a weight goes down to ``bottom``."""
     if call.kind in (t.NORM, t.UPDATE):
         at = like.itemsize * (tensor_at(head.tensors, piece.top).offset + piece.left)
         grads, width = elements(like, call.dz + at), piece.right - piece.left
@@ -220,5 +225,5 @@ def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: i
         adds = counters[c.BATCH_INDEX] % head.accumulate != 0
         gradient_of_columns(call, head, like, piece, shard_rows(call, head, counters), adds, task)
     else:
-        _gradient(call, head, like, counters, piece, room)
+        _gradient(call, head, like, counters, piece, bottom, room)
     return _after_gradient(call, head, like, counters, piece, task)

@@ -244,7 +244,21 @@ def _open(head: Any, like: Any) -> int:
                 return 0
             continue
         head.phase = at
-        return head.row_tasks if phase.cut == t.BY_ROWS else phase.tasks
+        return head.row_tasks if phase.cut == t.BY_ROWS else phase.tasks - phase.large + _large_tasks(head, phase)
+
+
+@register_jitable(**EXACT)
+def _large_tasks(head: Any, phase: Any) -> int:
+    """Return the number of tasks that the large ones of a phase make in this launch."""
+    return -(-phase.large // phase.together) if head.few else phase.large
+
+
+@register_jitable(**EXACT)
+def _continues(head: Any, at: int) -> bool:
+    """True if a piece is of a weight and the rows below those of the piece before it."""
+    piece, above = piece_at(head.pieces, at), piece_at(head.pieces, at - 1)
+    beside = piece.row == above.row and piece.left == above.left and piece.right == above.right
+    return beside and piece.top == above.bottom and call_at(head.calls, piece.row).kind == t.WEIGHT
 
 
 def work(job: int, task: int, room: int) -> int:
@@ -270,8 +284,21 @@ def work(job: int, task: int, room: int) -> int:
             for number in range(first, end):
                 _by_rows(call, head, like, counters, number, room)
         return 0
-    pieces, sums = task_at(head.tasks, phase.first_task + task), elements(np.float64, head.sums)
-    for at in range(pieces.first, pieces.end):
+    large, together = _large_tasks(head, phase), phase.together if head.few else 1
+    first, last = task * together, min((task + 1) * together, phase.large) - 1
+    if task >= large:
+        first = last = phase.large + task - large
+    at, end = task_at(head.tasks, phase.first_task + first).first, task_at(head.tasks, phase.first_task + last).end
+    sums, done = elements(np.float64, head.sums), at
+    while at < end:
         piece = piece_at(head.pieces, at)
-        sums[at] = by_piece(call_at(head.calls, piece.row), head, like, counters, piece, task, room)
+        bottom = piece.top
+        if at == done:
+            # the gradients of the pieces below it at once: their product copies its operands once
+            done += 1
+            while done < end and _continues(head, done):
+                done += 1
+            bottom = piece_at(head.pieces, done - 1).bottom
+        sums[at] = by_piece(call_at(head.calls, piece.row), head, like, counters, piece, bottom, task, room)
+        at += 1
     return 0

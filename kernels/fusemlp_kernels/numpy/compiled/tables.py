@@ -30,13 +30,14 @@ def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
 # task; zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and how many of
 # them come before the first step only. The state of a launch: the steps to do, the step, the phase. noisy: the row
 # numbers where the gradients get noise; its key. blocks: those of a phase that is cut by rows; row_tasks: the tasks
-# that share them in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. order, totals:
-# scratch of a task for the rows of each code, and for sums of them. Then the hyperparameters; the largest norm; what
-# gradients are multiplied by in the update; the deviation and the divisor of noise.
+# that share them in this launch; few: 1 where few threads do. shard_rows: the rows of a shard, 0 where calls have the
+# whole batch. order, totals: scratch of a task for the rows of each code, and for sums of them. Then the
+# hyperparameters; the largest norm; what gradients are multiplied by in the update; the deviation and the divisor of
+# noise.
 HEAD = _record(
     "optimizer decoupled sklearn accumulate clips batch counters hyper rates stats epoch_stats epochs "
     "calls tensors phases tasks pieces partials partial_count sums lanes lanes_row zeros product pack dots "
-    "block phase_count prologue steps step phase noisy? noise_low noise_high blocks row_tasks shard_rows "
+    "block phase_count prologue steps step phase noisy? noise_low noise_high blocks row_tasks few shard_rows "
     "order order_row totals totals_row",
     f"{' '.join(HYPERPARAMETERS)} clip_norm scale deviation shared_by",
 )
@@ -100,11 +101,11 @@ BY_ITSELF = REDUCTIONS.index("rows")
 # The place of a trained tensor in the arenas, its factor of the learning rate and its weight decay.
 TENSOR = _record("offset size", "lr_factor decay")
 
-# The cut of a phase, its rows of calls, its tasks or blocks, and the first of its tasks; the pieces of a task; the row
-# of calls of a piece and a part of a tensor: rows and columns of a weight matrix, elements of a bias, elements of one
-# tensor of an update.
+# The cut of a phase, its rows of calls, its tasks or blocks, and the first of its tasks; how many of the large
+# tasks, which come first, few threads take at once. The pieces of a task; the row of calls of a piece and a part of a
+# tensor: rows and columns of a weight matrix, elements of a bias, elements of one tensor of an update.
 BY_ROWS, BY_PIECES, AT_ONCE = range(3)
-PHASE = _record("cut first end tasks first_task")
+PHASE = _record("cut first end tasks first_task together large")
 TASK = _record("first end")
 PIECE = _record("row top bottom left right")
 # Partial results of a block of rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
