@@ -108,9 +108,9 @@ def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monke
 def test_a_task_has_more_rows_where_there_are_blocks_enough_for_all_threads():
     # the programs above have batches of 16 blocks: with one thread all make a task, with four a fourth
     assert [plan.row_tasks(8, 16, threads) for threads in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    assert [plan.row_tasks(block, 64, 1) for block in (8, 64, 256, 512, 1024, 0)] == [1, 8, 32, 64, 64, 1]
+    assert [plan.row_tasks(block, 64, 1) for block in (8, 64, 256, 512, 1024, 0)] == [2, 16, 64, 64, 64, 1]
     # each of two threads has as many, of about the same length: 36 blocks make no five tasks
-    assert [plan.row_tasks(8, blocks, 2) for blocks in (1, 16, 36, 63, 100, 640)] == [1, 2, 2, 2, 4, 10]
+    assert [plan.row_tasks(8, blocks, 2) for blocks in (1, 16, 36, 63, 100, 640)] == [1, 2, 2, 2, 4, 20]
 
 
 def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch, caplog):

@@ -22,9 +22,9 @@ MOST_TASKS = 64
 PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
-# Up to about this many rows in a task where each thread has this many tasks at least: weights that are larger than a
-# core's cache are read once for all rows of a task, but others wait for a thread that another process holds up.
-TASK_ROWS, ALONE = {1: 256, 4: 512}, {1: 512}
+# Up to about this many rows in a task: weights that are larger than a core's cache are read once for all rows of a task,
+# but more rows leave the cache themselves.
+TASK_ROWS = 256
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, large pieces save copies: tall ones have rows of
 # at least WIDE elements and TALL times the work of others, and a part of the rows stays for small ones, with which
@@ -190,9 +190,7 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
 
 def row_tasks(block: int, blocks: int, threads: int) -> int:
     """Return the number of tasks for blocks of rows; the results do not depend on it."""
-    kinds = (TASK_ROWS if threads > 1 else ALONE).items()
-    most = max(min(rows // max(1, block), blocks // (tasks * threads)) for tasks, rows in kinds)
-    count = -(-blocks // max(1, most))
+    count = -(-blocks // max(1, min(TASK_ROWS // max(1, block), blocks // threads)))
     # as many for each thread
     return count if count < threads else count - count % threads
 
