@@ -22,8 +22,8 @@ MOST_TASKS = 64
 PIECES = 4
 # A block has a multiple of this many rows.
 ROWS = 8
-# Up to about this many rows in a task: weights that are larger than a core's cache are read once for all rows of a task,
-# but more rows leave the cache themselves.
+# Up to about this many rows in a task: weights that are larger than a core's cache are read once for all of them, but
+# more rows leave the cache themselves.
 TASK_ROWS = 256
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
 # little to do in vector registers. If products copy their operands, large pieces save copies: tall ones have rows of
