@@ -597,13 +597,13 @@ def test_an_odd_table_from_training_to_prediction(tmp_path, capsys):
 def test_the_options_of_a_table(tmp_path, capsys):
     lines = [f"{k % 7}:{k % 3}:{k}:{'ab'[k % 2]}" for k in range(60)]
     table, folder = write(tmp_path / "bare.csv", "\n".join(lines)), tmp_path / "run"
-    form = ("--sep", ":", "--no-header")
+    form = ("--sep", ":", "--no-header", "--encoding", "latin-1")
     arguments = ("train", table, *form, "--target", "column_4", "--drop", "column_1", "--keep", "column_3")
     assert run(*arguments, "--categorical", "column_2", "--epochs", "2", "--quiet", "--out", folder) == 0
     config = read(folder / "config.json")
     assert config["preprocessor"]["feature_names"] == ["column_2", "column_3"]
     assert config["preprocessor"]["categories"] == [["0", "1", "2"], None]
-    assert "--sep : --no-header" in config["command"] and "--drop column_1" in config["command"]
+    assert "--sep : --encoding latin-1 --no-header" in config["command"] and "--drop column_1" in config["command"]
     # New data have the form of the training unless the options say otherwise.
     assert run("predict", folder, "--data", table, "--out", tmp_path / "out.csv") == 0
     capsys.readouterr()

@@ -27,8 +27,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
 
-# The fields that are arguments of the network, but for its widths and members.
-_OF_NETWORK = signature(MLP).parameters.keys() - {"sizes", "members"}
+# The fields that are arguments of the network; the encoding of a table is that of its text.
+_OF_NETWORK = signature(MLP).parameters.keys() - {"sizes", "members", "encoding"}
 # The fields of each kind of description, with the names that they and their errors have there.
 _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"label_smoothing": ("label_smoothing",), "delta": ("delta",), "quantile": ("q",)},
