@@ -2,6 +2,8 @@
 
 import gc
 import sys
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,6 +48,27 @@ def assert_close(actual, expected):
 def small_batches(monkeypatch):
     """A forward pass takes 16 rows at a time."""
     monkeypatch.setattr(forward_module, "LARGEST", 1)
+
+
+def test_threads_share_an_engine():
+    """They ran one program at a time in the same memory, and ended with rows of each other, or never."""
+    engine = make()
+    asked = [partial(engine.predict_proba, X[:n]) for n in (33, 34, 100)]
+    asked += [partial(engine.evaluate, X[:n], LABELS[:n]) for n in (33, 34)]
+    asked += [partial(engine.input_gradient, X, LABELS)]
+    expected, right = [ask() for ask in asked], []
+
+    def work():
+        for ask, answer in 100 * [*zip(asked, expected, strict=True)]:
+            assert_same(ask(), answer)
+        right.append(True)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(right) == 4
 
 
 class TestPredict:

@@ -1,5 +1,6 @@
 """The forward pass over any number of rows: predictions, and the loss of labelled data."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -37,10 +38,11 @@ def member_rows(backend: Backend, rows: int, members: int) -> Any:
 
 class ForwardPass:
     """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs, and
-    ``passes`` change its programs."""
+    ``passes`` change its programs. Threads take turns: the programs share their memory."""
 
     def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None, passes: tuple[Pass, ...] = ()) -> None:
         self.net, self.scaling, self.passes = net, scaling, passes
+        self.turn = threading.RLock()
         # what is trained, and what the programs read
         self.trained = self.memory = memory
         if memory.averages:
@@ -154,8 +156,9 @@ class ForwardPass:
         rows = self.rows_for(len(X), evaluated=evaluated)
         coding = coding_of(X)
         inputs = X if coding is None else X.codes
-        bound = self.program(rows, net=net, coding=coding, layers=layers)
-        return self._collected(f"h{layers}" if layers else "y", bound, rows, {"x": inputs})
+        with self.turn:
+            bound = self.program(rows, net=net, coding=coding, layers=layers)
+            return self._collected(f"h{layers}" if layers else "y", bound, rows, {"x": inputs})
 
     def input_gradient(
         self,
@@ -170,8 +173,9 @@ class ForwardPass:
         ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layer ``net``.
         """
         rows = self.rows_for(len(X))
-        bound = self.program(rows, spec, class_weight, net=net, gradient=0)
-        gradient_rows = self._collected("dx", bound, rows, {"x": X, **arrays})
+        with self.turn:
+            bound = self.program(rows, spec, class_weight, net=net, gradient=0)
+            gradient_rows = self._collected("dx", bound, rows, {"x": X, **arrays})
         if self.scaling is not None and self.scaling.scale is not None:
             gradient_rows /= self.scaling.scale.scale
         return gradient_rows

@@ -230,7 +230,8 @@ class Inference:
     def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:
         """Return ``paths.path_gradient`` of one output of each of the checked rows X, ``output`` (n,)."""
         self.network.check_single("X", "the gradient by the inputs")
-        return path_gradient(self.forward, X, baseline, self.seeds(output), points, weights)
+        with self.forward.turn:
+            return path_gradient(self.forward, X, baseline, self.seeds(output), points, weights)
 
     def chosen(self, X: Any, output: Any = None) -> Array:
         """Return (n,) int64: the index of the output that is explained of each of the checked rows X.
@@ -281,8 +282,9 @@ class Inference:
         kind, hits = self.inputs.kind_of(data.targets), not self.loss.on_host
         asked = as_metrics("metrics", metrics, kind, counts_hits=hits) if metrics else ()
         spec = self.inputs.spec_for(data.targets)
-        evaluate = self._evaluation(self.forward, data, spec, repeated=False)
-        return {**evaluate(self.forward.trained), **self.figures(data, asked)}
+        with self.forward.turn:
+            evaluate = self._evaluation(self.forward, data, spec, repeated=False)
+            return {**evaluate(self.forward.trained), **self.figures(data, asked)}
 
     def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> Evaluate:
         if self.loss.on_host:
@@ -343,4 +345,5 @@ class Inference:
         features = self.checked(X, codes=True)
         hidden = enumerate(self.network.activations[:-1])
         relu = [layer for layer, activation in hidden if activation.name == "relu"]
-        return {f"layer {layer + 1}": self.forward.silent(features, layer, decays=decays) for layer in relu}
+        with self.forward.turn:
+            return {f"layer {layer + 1}": self.forward.silent(features, layer, decays=decays) for layer in relu}
