@@ -5,6 +5,7 @@ import os
 import signal
 import warnings
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -26,7 +27,7 @@ from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.sklearn.table_rows import form_of
 from fusemlp.tables.defaults import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
-from make import QUICK, run
+from make import QUICK, assert_same, run
 
 # The checks that fail, with the reason.
 REASON = "a row twice is in two batches, a row of weight 2 in one"
@@ -60,6 +61,8 @@ def mixed(n=120, seed=0):
 X, Y, VALUES = mixed()
 NEW, _, _ = mixed(20, seed=1)
 NEW.loc[[0, 1], "colour"] = "violet"
+# every type of numbers holds them
+NUMBERS = np.random.default_rng(3).integers(0, 5, (120, 3)).astype(float)
 
 
 def classifier(**options):
@@ -155,6 +158,20 @@ def test_arrays_and_lists():
         assert classifier().fit(table, [0, 1, 2] * 10).preprocessor_.categories == (("", "2", "a"), None)
     texts = np.array([["a", "1.5"], ["b", "NA"], ["a", "3"]] * 10)
     assert classifier().fit(texts, [0, 1, 0] * 10).preprocessor_.categories == (("a", "b"), None)
+
+
+def test_arrays_of_numbers_as_programs_store_them():
+    """Arrow has no numbers of another order of bytes, which became words, and masks were not looked at."""
+    expected = classifier().fit(NUMBERS, Y).predict_proba(NUMBERS)
+    for dtype in (">f8", ">i4", np.longdouble, np.float16):
+        for kind in (np.asarray, pandas.DataFrame):
+            table = kind(NUMBERS.astype(dtype))
+            np.testing.assert_array_equal(classifier().fit(table, Y).predict_proba(table), expected)
+    mask = np.random.default_rng(0).random(NUMBERS.shape) < 0.2
+    holes, labels = np.where(mask, np.nan, NUMBERS), np.where(mask[:, 0], None, Y)
+    masked = classifier().fit(np.ma.array(NUMBERS, mask=mask), np.ma.array(Y, mask=mask[:, 0]))
+    assert_same(masked.predict_proba(NUMBERS), classifier().fit(holes, labels).predict_proba(NUMBERS))
+    assert "left out" in masked.notes_[0]
 
 
 def test_columns_are_chosen():
@@ -315,6 +332,8 @@ WRONG = {
     ),
     "metric": (classifier(metric="areas"), (X, Y), "metric: .*'areas'"),
     "one class": (classifier(), (X, ["a"] * 120), "target: 'y' is 'a' in all rows, which is one class"),
+    "a lazy frame": (classifier(), (SimpleNamespace(collect=X.copy), Y), "got SimpleNamespace; .*collect"),
+    "no rows": (classifier(), (X[:0], Y[:0]), "y: the target is missing in all 0 rows"),
     "no label": (classifier(), (X, [None] * 120), "y: the target is missing in all 120 rows"),
     "weights of zero": (classifier(), (X, Y, np.zeros(120)), "at least one non-zero number"),
     "a list in a cell": (classifier(), (X.assign(size=[[1]] * 120), Y), "column 'size'"),

@@ -91,11 +91,18 @@ def as_frame(data: Any) -> Frame:
     return Frame(name, data)
 
 
+def as_stored(column: Any) -> Any:
+    """Return a column of NumPy or pandas; its numbers in a size and an order of bytes that Arrow has."""
+    kind = column.dtype
+    odd = isinstance(kind, np.dtype) and kind.kind in "iuf" and not (kind.isnative and kind.itemsize <= 8)
+    return column.astype(f"{kind.kind}{min(kind.itemsize, 8)}") if odd else column
+
+
 def _from_pandas(column: Any) -> Any:
     """Return a column of pandas as an Arrow array; one that mixes words and numbers holds words."""
     pyarrow = arrow()
     # a period is the moment at which it begins
-    column = column.dt.to_timestamp() if hasattr(column.dtype, "freq") else column
+    column = column.dt.to_timestamp() if hasattr(column.dtype, "freq") else as_stored(column)
     try:
         return pyarrow.Array.from_pandas(column)
     except (pyarrow.ArrowException, TypeError):

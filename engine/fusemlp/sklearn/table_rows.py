@@ -13,7 +13,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from fusemlp.datasets.dataset import ColumnChoices, Dataset, weights
 from fusemlp.datasets.load import load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.tables import Frame, as_frame
+from fusemlp.datasets.tables import Frame, as_frame, as_stored
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array, is_sparse
@@ -31,11 +31,12 @@ def form_of(estimator: Any) -> Form:
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     """Return X as a table with names; rows may be mappings; scikit-learn's errors for other things."""
-    # some sparse matrices are mappings
-    if (isinstance(X, Mapping | str) and not is_sparse(X)) or hasattr(X, "to_frame"):
+    # some sparse matrices are mappings; a lazy frame has no rows yet
+    if (isinstance(X, Mapping | str) and not is_sparse(X)) or hasattr(X, "to_frame") or hasattr(X, "collect"):
         raise ArgumentTypeError(
             f"X: expected a data frame, an array (n, columns) or rows as mappings, got {type(X).__name__}; give a "
-            "single row as [{'column': value}], and read a file first: pandas.read_csv(path)"
+            "single row as [{'column': value}], X.collect() of a lazy frame, and read a file first: "
+            "pandas.read_csv(path)"
         )
     if isinstance(X, list | tuple) and X and all(isinstance(row, Mapping) for row in X):
         entries = list(dict.fromkeys(name for row in X for name in row))
@@ -51,7 +52,7 @@ def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
         # Lists of numbers and words would become words alone.
         X = np.array(X, object)
-    array = validate_data(estimator, X, dtype=None, ensure_all_finite=False, reset=reset)
+    array = validate_data(estimator, _unmasked(X), dtype=None, ensure_all_finite=False, reset=reset)
     names = getattr(estimator, "feature_names_in_", None)
     names = [f"x{index}" for index in range(array.shape[1])] if names is None else list(names)
     return Frame("X", _arrow_table(array, names))
@@ -66,7 +67,7 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
     from fusemlp.datasets.columns import numbers_of
 
     columns = []
-    for values in array.T:
+    for values in map(as_stored, array.T):
         try:
             column = pyarrow.array(values.tolist() if values.dtype.kind in "OU" else values, from_pandas=True)
         except (pyarrow.ArrowException, TypeError):
@@ -80,6 +81,12 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
     return pyarrow.table(columns, names=names)
 
 
+def _unmasked(values: Any) -> Any:
+    """Return values with None in the place of masked ones."""
+    masked = isinstance(values, np.ma.MaskedArray)
+    return np.where(np.ma.getmaskarray(values), None, values.data) if masked else values
+
+
 def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list[str]) -> tuple[Array, Array]:
     """Return the indices of the rows of a table that have a target, and these targets, ``checked``; note the others.
 
@@ -87,13 +94,14 @@ def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list
     DataError if all are missing.
     """
     check_consistent_length(table, y)
+    y = _unmasked(y)
     # an array of text would spell NaN
     values: Array = np.asarray(y, object if isinstance(y, list | tuple) else None)
     missing: Array = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
     if values.dtype.kind == "O":
         flat = [not isinstance(value, str) and str(value) in _GONE for value in values.ravel().tolist()]
         missing = np.array(flat, bool).reshape(values.shape)
-    missing = np.asarray(missing.reshape(len(values), -1).all(axis=1))
+    missing = np.asarray(missing.all(axis=tuple(range(1, missing.ndim))))
     kept = np.flatnonzero(~missing)
     if not len(kept):
         raise DataError(f"y: the target is missing in all {len(missing)} rows; give at least one")
