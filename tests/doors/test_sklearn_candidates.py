@@ -5,6 +5,7 @@ Launches of several models run in Triton's interpreter on a machine without a ca
 
 import signal
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -301,6 +302,28 @@ def test_a_launch_on_a_thread_that_fails_is_the_error_of_its_model(monkeypatch):
     with pytest.warns(FitFailedWarning, match="1 fits failed out of a total of 6"):
         search.fit(X, Y)
     assert sum(np.isnan(search.cv_results_[f"split{fold}_test_score"]).sum() for fold in range(3)) == 1
+
+
+def test_a_warning_of_another_thread_stays_one(monkeypatch):
+    raised, set_up = [], MLPClassifier._set_up
+
+    def warn():
+        try:
+            warnings.warn("of another thread", stacklevel=1)
+        except UserWarning as error:
+            raised.append(error)
+
+    def beside(model, *data, **options):
+        thread = threading.Thread(target=warn)
+        thread.start()
+        thread.join()
+        return set_up(model, *data, **options)
+
+    monkeypatch.setattr(MLPClassifier, "_set_up", beside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FleetSearchCV(MODEL, {"alpha": [0.0, 1.0]}, cv=2).fit(X, Y)
+    assert not raised
 
 
 def test_a_step_before_the_model_that_is_a_model(monkeypatch):

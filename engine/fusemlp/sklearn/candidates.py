@@ -157,9 +157,11 @@ class Candidates:
         def collect(*data: Any) -> None:
             del model._fit
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    loops.append(model._set_up(*data, make=self._model))
+                with warnings.catch_warnings(record=True) as said:
+                    # those of all threads: as errors they would end what others do
+                    warnings.simplefilter("always")
+                    loop = model._set_up(*data, make=self._model)
+                loops.extend([] if said else [loop])
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
