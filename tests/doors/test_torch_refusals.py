@@ -331,6 +331,7 @@ def test_arguments():
         ({"clip_grad_norm": 0.0}, ArgumentError, "clip_grad_norm: expected a finite number above 0"),
         ({"backend": "nmpy"}, ArgumentError, "numpy"),
         ({"backend": "cupy"}, BackendUnavailableError, "cupy"),
+        ({"max_norm": 1.0}, ArgumentTypeError, "max_norm: it is called clip_grad_norm here"),
         ({"seed": -1}, ArgumentError, "seed"),
         ({"precision": "fp64"}, ArgumentError, "torch.float32 can have fp32 or tf32, got 'fp64'"),
         ({"precision": "tf32"}, BackendUnavailableError, "numpy backend offers"),

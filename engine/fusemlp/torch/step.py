@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fusemlp.callbacks.progress import compilations_shown
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, knows_names
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.program.program import Program
 from fusemlp.runtime.memory import Memory
@@ -27,6 +27,8 @@ from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend, TensorRule
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 
 _FORM = attrgetter("shape", "dtype", "device", "layout")
+# Names of torch and of the engine for the same.
+_NAMES = dict.fromkeys(("max_norm", "clip_norm"), "it is called clip_grad_norm here")
 # Stands for y in a step without targets.
 NO_TARGET = torch.empty(0, device="meta")
 
@@ -58,6 +60,7 @@ class FusedStep:
     Raises ArgumentError or ArgumentTypeError, with the path of the part that cannot be fused, before any change.
     """
 
+    @knows_names(_NAMES, call="fuse(module, loss_fn, optimizer, clip_grad_norm=1.0)")
     def __init__(
         self,
         module: nn.Module,
