@@ -191,9 +191,14 @@ def test_an_error_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["train iris", "sweep iris --vary seed=0:2"])
 def test_out_must_be_new_or_empty(command, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    for out, words in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
-        going_on = f", or go on with the run in it: --resume {out}" if out.is_dir() else ""
+    (tmp_path / "run").mkdir()
+    for name in ("file", "run/config.json"):
+        (tmp_path / name).touch()
+    for out, words, going_on in (
+        (tmp_path, "is not empty", ""),
+        (tmp_path / "file", "is a file", ""),
+        (tmp_path / "run", "is not empty", f", or go on with the run in it: --resume {tmp_path / 'run'}"),
+    ):
         said = refusal(capsys, *command.split(), "--out", out)
         assert said.endswith(f"{words}; give a new or empty folder{going_on}\n")
 

@@ -84,7 +84,7 @@ def choose_folder(out: str | None, data: str, now: datetime) -> Path:
         raise ArgumentError(f"out: the folder {out!r} cannot be read ({error.strerror})") from error
     if taken:
         what = "is not empty" if path.is_dir() else "is a file"
-        instead = f", or go on with the run in it: --resume {out}" if path.is_dir() else ""
+        instead = f", or go on with the run in it: --resume {out}" if Run(path).config.exists() else ""
         raise ArgumentError(f"out: {out!r} {what}; give a new or empty folder{instead}")
     return path
 
