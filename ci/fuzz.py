@@ -47,7 +47,7 @@ from pyarrow import feather, parquet
 import fusemlp
 from fusemlp import MLP, Adam, CheckpointError, DataError, Engine, LayerNorm, Residual, RMSNorm, load, load_checkpoint
 from fusemlp.datasets.arrays import read_idx, read_npz
-from fusemlp.datasets.codes import parse_date
+from fusemlp.datasets.cells import parse_date
 from fusemlp.datasets.load import load_data
 from fusemlp.datasets.tables import read_names, read_table
 from fusemlp.datasets.textfiles import MISSING, SEPARATORS, Form, number

@@ -6,7 +6,7 @@ from typing import Any
 
 import griffe
 
-from fusemlp._paths import PATHS
+from fusemlp import _PATHS
 
 
 class ShortPaths(griffe.Extension):
@@ -14,5 +14,5 @@ class ShortPaths(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         if pkg.name == "fusemlp":
-            for name, path in PATHS.items():
+            for name, path in _PATHS.items():
                 pkg.set_member(name, griffe.Alias(name, f"fusemlp.{path}"))

@@ -33,7 +33,7 @@ LAYERS = (
     ("callbacks", "datasets"),
     ("inputs",),
     ("describe",),
-    ("_paths", "_version"),
+    ("_version",),
 )
 # The room of fusemlp that knows the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("runtime",)

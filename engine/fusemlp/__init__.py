@@ -1,17 +1,20 @@
 """Multi-layer perceptrons trained by fused kernels.
 
-The public names, each loaded when it is first touched (PEP 562), so that ``import fusemlp`` stays quick.
+The public names, each loaded when it is first touched (PEP 562), so that ``import fusemlp`` stays quick; and the short
+and earlier module paths by which user code imports the public modules, and pickles of earlier releases their classes.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fusemlp._paths import PATHS, install
 from fusemlp._version import __version__
-
-install()
 
 if TYPE_CHECKING:
     from fusemlp.callbacks import Callback as Callback
@@ -73,9 +76,9 @@ if TYPE_CHECKING:
     from fusemlp.runtime.own_loss import check_gradient as check_gradient
     from fusemlp.runtime.scaling import InputScaleWarning as InputScaleWarning
     from fusemlp.runtime.scaling import TargetScaleWarning as TargetScaleWarning
-    from fusemlp.training.history import History as History
     from fusemlp.training.lr_finder import LearningRateSweep as LearningRateSweep
     from fusemlp.training.lr_finder import lr_find as lr_find
+    from fusemlp.training.trainer import History as History
     from fusemlp_kernels.errors import ArgumentError as ArgumentError
     from fusemlp_kernels.errors import ArgumentTypeError as ArgumentTypeError
     from fusemlp_kernels.errors import BackendUnavailableError as BackendUnavailableError
@@ -89,6 +92,28 @@ if TYPE_CHECKING:
     from fusemlp_kernels.errors import ShapeError as ShapeError
     from fusemlp_kernels.errors import WorkerError as WorkerError
 
+# Short and earlier module paths: ``fusemlp.losses`` is ``fusemlp.describe.losses``.
+_PATHS = {
+    "callbacks.trackers": "callbacks.loggers",
+    "candidates": "fleet.candidates",
+    "checkpoint": "training.checkpoint",
+    "data": "datasets.load",
+    "ensemble": "fleet.results",
+    "explanations": "report.explanations",
+    "history": "training.trainer",
+    "losses": "describe.losses",
+    "lr_finder": "training.lr_finder",
+    "network": "describe.network",
+    "onnx": "report.onnx",
+    "optimizers": "describe.optimizers",
+    "preprocessing": "datasets.preprocessing",
+    "saving": "training.checkpoint",
+    "schedules": "describe.schedules",
+    "sklearn.classifier": "sklearn.estimators",
+    "sklearn.regressor": "sklearn.estimators",
+    "training.history": "training.trainer",
+    "transfer": "training.transfer",
+}
 # Each module with its public names.
 _NAMES = {
     "fusemlp.datasets.load": "load_data",
@@ -112,7 +137,7 @@ _NAMES = {
     ),
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
-    "fusemlp.training.history": "History",
+    "fusemlp.training.trainer": "History",
     "fusemlp_kernels.errors": "ArgumentError ArgumentTypeError BackendUnavailableError CheckpointError DTypeError "
     "DataError DistributedError DivergenceError FusemlpError MissingLibraryError ShapeError WorkerError",
 }
@@ -126,7 +151,7 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 _DOOR_OF = {name: module for module, names in _DOORS.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
-_SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
+_SUBMODULES = frozenset({*_PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
 # Names of Keras and torch, and of earlier releases, and their equivalents.
 _ELSEWHERE = {
     **dict.fromkeys(("Free", "TRADES"), "it is gone; train against fusemlp.PGD(eps)"),
@@ -153,3 +178,31 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the module behind a short path; both paths lead to one module."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a short path, None for all others."""
+        package, _, name = fullname.partition(".")
+        if package != "fusemlp" or name not in _PATHS:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """The module itself, under its own name."""
+        module = importlib.import_module(f"fusemlp.{_PATHS[spec.name.partition('.')[2]]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Undo what the import system has just written: the module keeps the spec it was loaded by."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
+    sys.meta_path.append(_Alias())

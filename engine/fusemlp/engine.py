@@ -9,12 +9,11 @@ from typing import Any, Literal, overload
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import IBP, Attack, as_attack
-from fusemlp.describe.checks import as_count, knows_names, names_absent
+from fusemlp.describe.checks import as_count, bytes_text, knows_names, names_absent
 from fusemlp.describe.losses import LossLike
 from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
-from fusemlp.describe.text import bytes_text
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.passes.training import passes_against
 from fusemlp.program.program import ORDERED, Program
@@ -32,9 +31,8 @@ from fusemlp.training import checkpoint, transfer
 from fusemlp.training.checkpoint import save, save_checkpoint
 from fusemlp.training.fit import ELSEWHERE as OF_FIT
 from fusemlp.training.fit import fit
-from fusemlp.training.history import History
 from fusemlp.training.lr_finder import LearningRateSweep, lr_find
-from fusemlp.training.trainer import FitPlan, Trainer
+from fusemlp.training.trainer import FitPlan, History, Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import fusemlp
 from fusemlp import MLP, Engine
+from fusemlp.datasets.cells import SCALES
 from fusemlp.datasets.load import Dataset, coded
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.onnx import onnx_bytes
 
 WORDS = st.sampled_from(["", "NA", "red", "blue", "Zürich", "a b", "?"])

@@ -9,7 +9,7 @@ import pyarrow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets.codes import parts_of
+from fusemlp.datasets.cells import parts_of
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs

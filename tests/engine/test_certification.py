@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fusemlp import load_data
+from fusemlp.datasets.cells import SCALES
 from fusemlp.datasets.rows import fit_preprocessor, network_ends, network_inputs
-from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.evidence import certify, reach
 from fusemlp.report.metrics import predictions
 from make import engine, frame, output_of, read, refusal, result_of, run

@@ -20,7 +20,7 @@ from fusemlp.report.plots import curves_figure
 from fusemlp.report.runs import Run, joint, read_history
 from fusemlp.sklearn import TableRegressor
 from fusemlp.tables import defaults, training
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 from make import output_of, read, refusal, rows, run
 

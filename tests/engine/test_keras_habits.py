@@ -12,7 +12,7 @@ import pytest
 import fusemlp
 import fusemlp.sklearn
 from fusemlp import MLP, ArgumentError, Engine
-from fusemlp.describe.text import bytes_text
+from fusemlp.describe.checks import bytes_text
 from fusemlp.engine import KERAS
 from fusemlp.fleet import fleet
 from fusemlp.runtime import session

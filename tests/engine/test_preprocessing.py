@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold, train_test_split
 
+from fusemlp.datasets.cells import CLIP, SCALES
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp.datasets.rows import FOLDS, folds
-from fusemlp.datasets.scaling import CLIP, SCALES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 
 

@@ -22,11 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusemlp.datasets import rows as rows_module
-from fusemlp.datasets.codes import MOST_WORDS, date_parts, orders_of, parse_date
+from fusemlp.datasets.cells import MOST_WORDS, SCALES, date_parts, orders_of, parse_date
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
-from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form, number
 from fusemlp.tables.preparation import prepare

@@ -15,7 +15,7 @@ from fusemlp.fleet.results import Kept, Member
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables import defaults
 from fusemlp.training import validation
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError
 from make import read, refusal, run
 

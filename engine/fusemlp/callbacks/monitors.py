@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, takes, tell
-from fusemlp.describe.checks import as_count, as_kind, as_number, as_path, check_choice, check_flag, no_folder
+from fusemlp.describe.checks import as_count, as_kind, as_number, as_path, check_choice, check_flag, counted, no_folder
 from fusemlp.describe.metrics import rises
-from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 

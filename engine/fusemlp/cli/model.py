@@ -22,9 +22,9 @@ from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
 from fusemlp.datasets.tables import ARROW, TABLES, excel, is_table
+from fusemlp.describe.checks import aligned, counted, listed
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import aligned, counted, listed
 from fusemlp.engine import Engine, load
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array

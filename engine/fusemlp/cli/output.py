@@ -22,8 +22,7 @@ from fusemlp.callbacks.loggers import FAILED, FINISHED, INTERRUPTED, TRACKERS, T
 from fusemlp.callbacks.progress import Forecast, waiting
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
-from fusemlp.describe.checks import WINDOWS, check_choice
-from fusemlp.describe.text import aligned
+from fusemlp.describe.checks import WINDOWS, aligned, check_choice
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.report.metrics import scalars

@@ -21,9 +21,8 @@ from fusemlp.cli.session import prepared_data, train_options
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import aligned, as_count, check_choice
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine, availability
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape

@@ -14,8 +14,8 @@ from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import command_line, finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
+from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import Judged
-from fusemlp.describe.text import counted
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence, guarantee_lines
@@ -28,7 +28,7 @@ from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.training import Trained, report_of
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import FusemlpError
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from fusemlp.cli.options import PlotOptions, RunsOptions, TrainOptions
 from fusemlp.cli.output import check_output, decides_the_model, fitted, show, write_picture
 from fusemlp.cli.session import RENAMED
+from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import METRICS, rises
-from fusemlp.describe.text import counted
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, joint, open_run, read_history, read_json, read_metrics

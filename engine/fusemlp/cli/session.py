@@ -23,9 +23,9 @@ from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table, read_names
+from fusemlp.describe.checks import aligned, counted, listed
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import aligned, counted, listed
 from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder

@@ -19,8 +19,8 @@ from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
 from fusemlp.cli.report import finish, written
 from fusemlp.cli.vary import JOINED, JOURNAL, Plan, spelled_value
+from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import rises
-from fusemlp.describe.text import counted
 from fusemlp.fleet.merge import LEAST_ROWS, default_models, merged
 from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
 from fusemlp.fleet.workers import connected
@@ -30,7 +30,7 @@ from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, 
 from fusemlp.report.uncertainty import judged
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.training import Trained, record_of
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.

@@ -20,9 +20,8 @@ from fusemlp.cli.output import Events
 from fusemlp.cli.report import describe_training, finish, outcome, written
 from fusemlp.cli.session import Session
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import WINDOWS, as_count
+from fusemlp.describe.checks import WINDOWS, as_count, counted
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import counted
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
 from fusemlp.report import runs
@@ -32,7 +31,7 @@ from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, start
 from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.recipe import given_options, name_of
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from fusemlp.cli import output, report, session, train
 from fusemlp.cli.options import SweepOptions, TrainOptions
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, counted
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
-from fusemlp.describe.text import counted
 from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Kept, Member, Point
@@ -27,7 +26,7 @@ from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.preparation import Prepared, decisions
 from fusemlp.tables.recipe import FitRecipe, given_options
 from fusemlp.tables.training import fit_arguments
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 # Parameters with whole numbers, and their minimum.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fusemlp.datasets.codes import Features
+from fusemlp.datasets.cells import Features
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.tables import ARCHIVE, CONTENT, TABLES, reason
 from fusemlp.datasets.textfiles import COMPRESSED
-from fusemlp.describe.text import listed
+from fusemlp.describe.checks import listed
 from fusemlp.inputs.arrays import Array, as_features
 from fusemlp_kernels.errors import DataError
 

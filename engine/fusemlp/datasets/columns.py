@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from fusemlp.datasets.codes import EXAMPLES, ORDERS, orders_of, parse_date
+from fusemlp.datasets.cells import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.textfiles import MISSING, number, text_array, truth_values
-from fusemlp.describe.text import Problems
+from fusemlp.describe.checks import Problems
 from fusemlp.inputs.arrays import Array
 
 # A column of this share of numbers, by cells or by different values, holds numbers, and its other cells are mistakes;

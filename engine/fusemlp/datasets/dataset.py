@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.codes import Categories, Features
+from fusemlp.datasets.cells import Categories, Features
 from fusemlp.datasets.tables import Place, wrong_weights
 from fusemlp.datasets.textfiles import MISSING, truth_values
-from fusemlp.describe.text import listed, meant
+from fusemlp.describe.checks import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 

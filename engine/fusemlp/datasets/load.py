@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets import codes, tables
+from fusemlp.datasets import cells, tables
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
-from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
+from fusemlp.datasets.cells import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import check_labels, missing_share, roles, targets_in, times, weights, without_useless
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, Place
 from fusemlp.datasets.textfiles import MISSING, Form
-from fusemlp.describe.text import counted, listed, meant, some
+from fusemlp.describe.checks import counted, listed, meant, some
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
@@ -307,10 +307,10 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
             notes.append(f"the last row holds {column[-1]!r} in {name!r}: delete it if it is the sum of the others")
     # The columns that are left out take no memory any longer.
     table = {name: table[name] for name in aside}
-    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in codes.ORDERS)
+    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in cells.ORDERS)
     if dates:
-        formats = (f"{name!r} (as {codes.EXAMPLES[order]})" for name, order in dates)
-        notes.append(f"dates, taken as {', '.join(codes.PARTS)} where these differ: {', '.join(formats)}")
+        formats = (f"{name!r} (as {cells.EXAMPLES[order]})" for name, order in dates)
+        notes.append(f"dates, taken as {', '.join(cells.PARTS)} where these differ: {', '.join(formats)}")
     kept = kept_features(inputs) if like is None else like.feature_names
     X, categories = coded(inputs, kept, like, notes)
     alone = 0 if group is None else round(missing_share(table[group]) * len(y))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.codes import MOST_WORDS, ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
+from fusemlp.datasets import cells
+from fusemlp.datasets.cells import MOST_WORDS, ORDERS, SCALES, Categories, Features, Indices, Knots
 from fusemlp.datasets.dataset import UNUSED, Dataset, target_names
-from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
@@ -66,7 +66,7 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
 class Preprocessor:
     """Scaling of features, one column a category, and encoding of labels or scaling of targets; ``fit`` makes one.
 
-    A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``scaling.clipped``, by "quantile"
+    A column c of numbers becomes (c - shift) / scale, after it by ``scale`` "robust" ``cells.clipped``, by "quantile"
     the scores of ``feature_knots``, and by "piecewise" an input for each piece between them; its missing cells (NaN)
     become the median of the training rows (``feature_fill``). If training rows had missing cells (``missing_inputs``),
     a further column is 1 at missing cells. A column of words becomes one 0/1 column for each of its categories, without
@@ -122,7 +122,7 @@ class Preprocessor:
         """Return a Preprocessor with the statistics of the training ``rows`` of a data set.
 
         ``scale``: "robust" (median 0, interquartile range 1, smoothly clipped), "piecewise" (an input for each piece of
-        a column, ``scaling.by_pieces``; robust for a column of few values), "quantile" (normal scores), "standard"
+        a column, ``cells.by_pieces``; robust for a column of few values), "quantile" (normal scores), "standard"
         (mean 0, variance 1), "minmax" (0 to 1) or "none". The targets of a regression are scaled in the same way, by
         "standard" for the first three, unless ``scale_targets`` is False (a Poisson loss needs its counts);
         ``log_targets`` takes their logarithms before. Of a column of words the ``most_words`` most frequent have an
@@ -137,15 +137,15 @@ class Preprocessor:
         missing, numbers = np.isnan(X), np.array([entries is None for entries in words])
         fill = [_median(column) if number else None for column, number in zip(X.T, numbers, strict=True)]
         shared = [
-            rare_words(column, entries, most_words) if entries else ()
+            cells.rare_words(column, entries, most_words) if entries else ()
             for column, entries in zip(X.T, words, strict=True)
         ]
         other_inputs = [bool(len(rare) and np.isin(X[:, at], rare).any()) for at, rare in enumerate(shared)]
         X = np.where(missing, _numbers(fill), X) if missing.any() else X
-        shift, factor = statistics(X, scale, dataset.feature_names)
-        of = {"quantile": knots, "piecewise": edges}.get(scale)
+        shift, factor = cells.statistics(X, scale, dataset.feature_names)
+        of = {"quantile": cells.knots, "piecewise": cells.edges}.get(scale)
         # The parts of a date are missing together: its first part marks it.
-        sources = sources_of(dataset.feature_names, dict(dataset.dates))
+        sources = cells.sources_of(dataset.feature_names, dict(dataset.dates))
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
         classes, low = tuple(dataset.classes.tolist()) if dataset.task == "classification" else None, 0.0
         target_shift = target_factor = np.empty(0)
@@ -162,7 +162,7 @@ class Preprocessor:
             there = [column[~np.isnan(column), None] for column in targets.T]
             if not all(map(len, there)):
                 raise DataError(f"a target of {names} has no value in the training rows; leave it out")
-            fitted = [statistics(column, how, [name]) for column, name in zip(there, names, strict=True)]
+            fitted = [cells.statistics(column, how, [name]) for column, name in zip(there, names, strict=True)]
             target_shift, target_factor = np.hstack(fitted)
         return cls(
             task=dataset.task,
@@ -209,7 +209,7 @@ class Preprocessor:
     @property
     def sources(self) -> tuple[str, ...]:
         """The table's column of each feature: of the parts of a date the date."""
-        return sources_of(self.feature_names, dict(self.dates))
+        return cells.sources_of(self.feature_names, dict(self.dates))
 
     def by_column(self, values: Array) -> tuple[tuple[str, ...], Array]:
         """Return the names of the columns, and for each the sum of ``values`` (n, ``width``) of its inputs."""
@@ -293,7 +293,7 @@ class Preprocessor:
             features = np.where(gaps, _numbers(fill), features)
         scaled: Features = features - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
-        scaled = clipped(scaled) if self.scale in ("robust", "piecewise") else scaled
+        scaled = cells.clipped(scaled) if self.scale in ("robust", "piecewise") else scaled
         for column, at in enumerate(self.feature_knots if self.scale == "quantile" else ()):
             if at is not None:
                 # straight lines between the knots, constant outside them
@@ -308,7 +308,7 @@ class Preprocessor:
                 continue
             pieces = self.pieces(column)
             at = self.feature_knots[column] if pieces > 1 else None
-            slots += [scaled[:, column]] if at is None else [*by_pieces(features[:, column], at).T]
+            slots += [scaled[:, column]] if at is None else [*cells.by_pieces(features[:, column], at).T]
             slots += [missing[:, column]] if inputs > pieces else []
         # words alone may have no input
         return np.column_stack([np.empty((len(features), 0)), *slots])
@@ -346,7 +346,7 @@ class Preprocessor:
         different, codes = np.unique(labels, return_inverse=True)
         index: dict[Any, int] = {label: code for code, label in enumerate(classes)}
         by_text = {str(label): code for code, label in enumerate(classes)}
-        same = spellings(different.astype(str), by_text) if self.joins_spellings else {}
+        same = cells.spellings(different.astype(str), by_text) if self.joins_spellings else {}
         known = [index.get(label, by_text.get(same.get(str(label), str(label)))) for label in different.tolist()]
         if None in known:
             row = int(np.argmax(codes == known.index(None)))

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.codes import Features, Indices, different, spellings
+from fusemlp.datasets.cells import Features, Indices, different, spellings
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp.datasets.textfiles import Form
-from fusemlp.describe.text import listed
+from fusemlp.describe.checks import listed
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import Columns
 from fusemlp_kernels.errors import ArgumentError, DataError

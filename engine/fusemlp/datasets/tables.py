@@ -23,8 +23,7 @@ import numpy as np
 
 from fusemlp.datasets import textfiles
 from fusemlp.datasets.textfiles import MISSING, Form, OpenTable, number, text_array
-from fusemlp.describe.checks import arrow
-from fusemlp.describe.text import Problems, listed, meant
+from fusemlp.describe.checks import Problems, arrow, listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 

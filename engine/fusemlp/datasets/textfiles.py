@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.checks import arrow
-from fusemlp.describe.text import listed
+from fusemlp.describe.checks import arrow, listed
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 

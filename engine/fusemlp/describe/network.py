@@ -18,9 +18,11 @@ import numpy as np
 
 from fusemlp.describe.blocks import ENCODINGS, NORMS, Frequency, Normalisation, Residual, as_norm
 from fusemlp.describe.checks import (
+    aligned,
     as_count,
     as_kind,
     as_number,
+    bytes_text,
     check_choice,
     check_keys,
     freeze,
@@ -29,7 +31,6 @@ from fusemlp.describe.checks import (
 )
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
 from fusemlp.describe.description import Description, from_config
-from fusemlp.describe.text import aligned, bytes_text
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError

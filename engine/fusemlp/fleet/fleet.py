@@ -27,9 +27,8 @@ from fusemlp.fleet.workers import as_devices, check_not_given, check_sent, check
 from fusemlp.runtime.plans import cpu_threads, open_backend
 from fusemlp.runtime.scaling import InputScale
 from fusemlp.training.fit import ELSEWHERE, FitData, fit_loop
-from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop
-from fusemlp.training.trainer import FitPlan
+from fusemlp.training.trainer import FitPlan, History
 from fusemlp.training.validation import FitPolicy, Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 

@@ -11,7 +11,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 # A table of at most this many rows trains an ensemble of this many models. Fewer than the least leave too few to each

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import aligned, as_count
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
-from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine
 from fusemlp.fleet.candidates import Candidate
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.ledger import Ledger, spent_together
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count
-from fusemlp.describe.text import bytes_text
+from fusemlp.describe.checks import as_count, bytes_text
 from fusemlp.inputs.arrays import Array, as_values, is_sparse, to_array
 from fusemlp_kernels.coding import BAG, NUMBERS, PIECES, WORD, Coding, Column
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError

@@ -18,8 +18,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from fusemlp.describe.checks import check_choice
-from fusemlp.describe.text import aligned
+from fusemlp.describe.checks import aligned, check_choice
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.contract import Dropout, LossSpec, Noise, Perturbation, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import counted, some
 from fusemlp.describe.losses import ElementLoss, GaussianNLL, Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, metrics_for, rises
-from fusemlp.describe.text import counted, some
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.pointwise import LossOptions, elements

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp._version import __version__
+from fusemlp.datasets.cells import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.scaling import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp.describe.network import Activation
 from fusemlp.runtime.session import Session
@@ -235,7 +235,7 @@ def _filled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[i
 
 
 def _scaled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[int]) -> Tensor:
-    """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped``, or by quantiles."""
+    """Append the scaling of the columns of numbers: ``cells.statistics``, ``clipped``, or by quantiles."""
     if preprocessor.scale == "quantile":
         return _by_quantiles(graph, x, [at for at in preprocessor.feature_knots if at is not None])
     shift, scale = np.array([preprocessor.feature_shift, preprocessor.feature_scale], np.float64)[:, numbers]
@@ -254,7 +254,7 @@ def _scaled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[i
 
 
 def _by_pieces(graph: Graph, x: Tensor, preprocessor: Preprocessor, cut: list[int]) -> Tensor:
-    """Append the inputs of columns that are cut into pieces: ``scaling.by_pieces``."""
+    """Append the inputs of columns that are cut into pieces: ``cells.by_pieces``."""
     edges = [np.array((preprocessor.feature_knots[column] or ((),))[0]) for column in cut]
     column = np.repeat(np.arange(len(cut)), [len(points) - 1 for points in edges])
     low, high = (np.concatenate(some) for some in zip(*(limits(len(points) - 1) for points in edges), strict=True))

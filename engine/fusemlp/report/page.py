@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.tables import reason
+from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import Judged, rises
-from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance, guarantee_lines

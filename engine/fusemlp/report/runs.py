@@ -25,7 +25,7 @@ import numpy as np
 
 from fusemlp.datasets.textfiles import number
 from fusemlp.describe import checks, description, losses, network, optimizers
-from fusemlp.describe.text import meant
+from fusemlp.describe.checks import meant
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError

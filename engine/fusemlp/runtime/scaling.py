@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.scaling import statistics
+from fusemlp.datasets.cells import statistics
 from fusemlp.describe.checks import caller_level, check_flag
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs

@@ -30,8 +30,8 @@ from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches, Va
 from fusemlp.sklearn.model import Model, Rates, read_estimator, save_estimator
 from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.solvers import SklearnPolicy, minimise, train
-from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp.training.trainer import FitState, History
 
 # attributes that a file holds as tensors, makes anew, or leaves out
 NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_metadata_request")

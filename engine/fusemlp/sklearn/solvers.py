@@ -27,8 +27,8 @@ from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import EstimatorBatches, HeldLoss
 from fusemlp.sklearn.model import Model
-from fusemlp.training.history import FitState
 from fusemlp.training.loop import EpochLoop, Policy
+from fusemlp.training.trainer import FitState
 from fusemlp_kernels.errors import DivergenceError
 
 # "adaptive" gives up once the rate is no greater than this.

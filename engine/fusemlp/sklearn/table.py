@@ -42,7 +42,7 @@ from fusemlp.sklearn.table_rows import as_table, form_of, read, with_target, wit
 from fusemlp.tables import transfer
 from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TABM, TableRecipe, name_of
 from fusemlp.tables.training import Listeners, Trained, report_of, train_table
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 log = logging.getLogger("fusemlp.sklearn")

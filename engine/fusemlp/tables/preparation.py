@@ -13,20 +13,18 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets import rows as row_sets
-from fusemlp.datasets.codes import MOST_WORDS, Indices
+from fusemlp.datasets.cells import MOST_WORDS, SCALES, Indices
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import MANY_CLASSES
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Fold, Hashes, Rows, row_hashes
-from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.adversarial import IBP, Attack
-from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.checks import as_count, as_number, check_choice, counted
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
-from fusemlp.describe.text import counted
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable

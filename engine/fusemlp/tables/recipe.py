@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.datasets.scaling import SCALES
+from fusemlp.datasets.cells import SCALES
 from fusemlp.describe.adversarial import FGSM, IBP, NORMS, PGD, Attack
 from fusemlp.describe.blocks import NORMS as NORMALISATIONS
 from fusemlp.describe.losses import LOSSES, Huber, Quantile

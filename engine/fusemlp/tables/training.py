@@ -24,7 +24,7 @@ from fusemlp.report.uncertainty import COVERAGE, HeldOut, Temperature, judged, s
 from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import TableRecipe
-from fusemlp.training.history import History
+from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, unknown_name
 
 # The share of a time limit for the training before a final fit, whose rows are more.

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import fit_preprocessor, network_ends
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, listed
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.network import MLP
-from fusemlp.describe.text import listed
 from fusemlp.engine import Engine, load
 from fusemlp.fleet.merge import LEAST_ROWS, default_models, members
 from fusemlp.inputs.arrays import Array

@@ -27,8 +27,7 @@ from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, reading_file, targe
 from fusemlp.runtime.plans import ASKED, has_plan, was_asked
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
-from fusemlp.training.history import FitState
-from fusemlp.training.trainer import Trainer
+from fusemlp.training.trainer import FitState, Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 

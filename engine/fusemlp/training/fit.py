@@ -24,10 +24,9 @@ from fusemlp.runtime.plans import row_order as shuffled
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.steps import TrainingStep, bind_fit, bind_staged, run_staged
-from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case, check_labels
 from fusemlp.training.loop import EpochLoop, epochs_at_once
-from fusemlp.training.trainer import FitPlan, Trainer, fresh_state, resumed_state
+from fusemlp.training.trainer import FitPlan, History, Trainer, fresh_state, resumed_state
 from fusemlp.training.validation import FitPolicy, Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, DataError
 

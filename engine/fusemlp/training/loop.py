@@ -19,8 +19,7 @@ from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.memory import Account, Memory
 from fusemlp.runtime.steps import check_scaling
-from fusemlp.training.history import FitState, History
-from fusemlp.training.trainer import Trainer
+from fusemlp.training.trainer import FitState, History, Trainer
 from fusemlp_kernels import contract
 from fusemlp_kernels.errors import DivergenceError
 

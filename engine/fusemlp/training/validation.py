@@ -6,17 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from fusemlp.describe.checks import check_choice
+from fusemlp.describe.checks import check_choice, counted
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
-from fusemlp.describe.text import counted
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
 from fusemlp.runtime.forward import Evaluate, metrics_of
 from fusemlp.runtime.session import Session
-from fusemlp.training.history import DIVERGED, FitState
 from fusemlp.training.loop import Policy
-from fusemlp.training.trainer import FitPlan, Trainer
+from fusemlp.training.trainer import DIVERGED, FitPlan, FitState, Trainer
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
