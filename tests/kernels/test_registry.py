@@ -15,7 +15,6 @@ import fusemlp_kernels
 from fusemlp import MLP, Engine
 from fusemlp.cli.probes import examine
 from fusemlp_kernels import registry
-from fusemlp_kernels.cupy import driver
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 
@@ -143,10 +142,10 @@ def cupy_machine(monkeypatch):
                 raise importlib.metadata.PackageNotFoundError(name)
             return "14.2.0"
 
-        monkeypatch.setattr(driver, "cuda_version", lambda: version)
-        monkeypatch.setattr(driver.importlib.util, "find_spec", spec)
-        monkeypatch.setattr(driver.importlib.metadata, "version", installed)
-        monkeypatch.setattr(driver, "refusal", lambda: refusal)
+        monkeypatch.setattr(registry, "_cuda_version", lambda: version)
+        monkeypatch.setattr(registry.importlib.util, "find_spec", spec)
+        monkeypatch.setattr(registry.importlib.metadata, "version", installed)
+        monkeypatch.setattr(registry, "_cupy_refusal", lambda: refusal)
         monkeypatch.setattr(registry, "_triton_reason", lambda: "not on this machine")
         return registry.availability()["cupy"]
 
@@ -203,10 +202,10 @@ def test_what_cupy_says_when_it_is_loaded_is_its_first_line(monkeypatch):
     """The stand-in for CuPy has no CUDA compiler, as an installation without CUDA's libraries."""
     if registry.availability()["cupy"] is not None:
         cupy_standin.load()
-        assert "cupy_backends" in driver.refusal()
+        assert "cupy_backends" in registry._cupy_refusal()
     monkeypatch.setitem(sys.modules, "fusemlp_kernels.cupy.device", None)
     monkeypatch.delattr("fusemlp_kernels.cupy.device")
-    assert "fusemlp_kernels.cupy.device" in driver.refusal()
+    assert "fusemlp_kernels.cupy.device" in registry._cupy_refusal()
 
 
 def test_doctor_names_the_wheel(cupy_machine):
@@ -223,13 +222,13 @@ def test_the_drivers_version_is_asked_of_the_driver(monkeypatch):
             ctypes.cast(out, ctypes.POINTER(ctypes.c_int))[0] = self.version
             return self.status
 
-    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: Driver())
-    assert driver.cuda_version() == (12, 8)
+    monkeypatch.setattr(registry.ctypes, "CDLL", lambda name: Driver())
+    assert registry._cuda_version() == (12, 8)
     monkeypatch.setattr(Driver, "status", 999)
-    assert driver.cuda_version() is None
+    assert registry._cuda_version() is None
 
     def missing(name):
         raise OSError(name)
 
-    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
-    assert driver.cuda_version() is None
+    monkeypatch.setattr(registry.ctypes, "CDLL", missing)
+    assert registry._cuda_version() is None
