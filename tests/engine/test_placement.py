@@ -7,7 +7,7 @@ import pytest
 from lowered import FROZEN, layout_of, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
-from fusemlp.program.layout import REMEMBERED, placement, placement_of, plan_workspace
+from fusemlp.program.layout import REMEMBERED, placement, plan_workspace
 from fusemlp.program.passes.training import Penalty
 from fusemlp.program.program import Structure
 from fusemlp.program.verifier import ProgramError
@@ -88,7 +88,7 @@ def test_numbers_are_no_part_of_the_structure(name):
     assert base.calls != other.calls
     assert Structure(base) == Structure(other)
     layout = layout_of(NET, "numpy")
-    assert placement(base, layout, row_multiple=1) is placement(other, layout, row_multiple=1)
+    assert placement(base.structure, layout, row_multiple=1) is placement(other.structure, layout, row_multiple=1)
 
 
 def test_a_fixed_slope_is_a_number():
@@ -101,11 +101,11 @@ def test_a_known_structure_has_the_places_that_are_planned_for_it():
     for _ in range(2):
         for given in STEPS.values():
             program = training_program(NET, **given)
-            placed = placement(program, layout_of(NET, "numpy", program.real_bytes), row_multiple=1)
+            placed = placement(program.structure, layout_of(NET, "numpy", program.real_bytes), row_multiple=1)
             assert placed == plan_workspace(program, row_multiple=1)
     program = training_program(NET)
     wide = plan_workspace(program, row_multiple=8)
-    assert placement(program, layout, row_multiple=8) == wide != plan_workspace(program, row_multiple=1)
+    assert placement(program.structure, layout, row_multiple=8) == wide != plan_workspace(program, row_multiple=1)
 
 
 def broken_residents():
@@ -125,19 +125,19 @@ def broken_residents():
 @pytest.mark.parametrize(("program", "said"), list(broken_residents()))
 def test_what_is_wrong_is_refused_though_its_like_is_known(program, said):
     layout = layout_of(NET, "numpy")
-    placement(resident(), layout, row_multiple=1)
+    placement(resident().structure, layout, row_multiple=1)
     for _ in range(2):
         with pytest.raises(ProgramError, match=said):
-            placement(program, layout, row_multiple=1)
+            placement(program.structure, layout, row_multiple=1)
 
 
 def test_parameters_that_lie_elsewhere_are_verified_again():
     layout = layout_of(NET, "numpy")
-    placement(resident(), layout, row_multiple=1)
+    placement(resident().structure, layout, row_multiple=1)
     moved = replace(layout, places={**layout.places, "b1": replace(layout.places["b1"], offset=0)})
     with pytest.raises(ProgramError, match="share memory"):
-        placement(resident(), moved, row_multiple=1)
+        placement(resident().structure, moved, row_multiple=1)
 
 
 def test_only_so_many_structures_are_remembered():
-    assert placement_of.cache_parameters()["maxsize"] == REMEMBERED
+    assert placement.cache_parameters()["maxsize"] == REMEMBERED

@@ -176,6 +176,26 @@ def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path):
     assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
 
 
+def test_no_batch_begins_again_after_the_last_of_an_epoch(tmp_path):
+    class SaveAfterTheLast(Callback):
+        def on_batch_end(self, engine, batch):
+            if engine.epochs_trained == 0 and batch == len(BATCHES) - 1:
+                engine.save_checkpoint(tmp_path / "c")
+
+    class Hear(Callback):
+        begun, ended = [], []
+
+        def on_batch_begin(self, engine, batch):
+            self.begun.append(batch)
+
+        def on_batch_end(self, engine, batch):
+            self.ended.append(batch)
+
+    fitted(new_engine("momentum, cosine, dropout"), callbacks=[SaveAfterTheLast()])
+    fitted(load_checkpoint(tmp_path / "c"), callbacks=[Hear()], resume=True)
+    assert Hear.begun == Hear.ended == [*range(len(BATCHES))] * (EPOCHS - 1)
+
+
 @pytest.mark.parametrize("case, epoch", [("adamw, plateau, early stopping", 2), ("momentum, cosine, dropout", 0)])
 @pytest.mark.parametrize("saved", [True, False])
 def test_ctrl_c_then_resume(case, epoch, saved, tmp_path):

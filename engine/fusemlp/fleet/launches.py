@@ -130,7 +130,7 @@ class LaunchGroup:
         calls = []
         workspaces: dict[str, tuple[int, Any]] = {}
         for index, (engine, program) in enumerate(zip(self.engines, programs, strict=True)):
-            placed = placement(program, engine.memory.layout, row_multiple=backend.traits.row_multiple)
+            placed = placement(program.structure, engine.memory.layout, row_multiple=backend.traits.row_multiple)
             if not index:
                 # each model's begins at a multiple of the alignment
                 sizes = {dtype: -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for dtype, size in placed.sizes.items()}

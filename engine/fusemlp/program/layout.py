@@ -124,14 +124,12 @@ class Placement(NamedTuple):
         }
 
 
-def placement(program: Program, layout: Layout, *, row_multiple: int) -> Placement:
-    """Return the workspace of a verified program with parameters in ``layout``. Raises ProgramError: see ``verify``."""
-    return placement_of(program.structure, layout, row_multiple)
-
-
 @lru_cache(maxsize=REMEMBERED)
-def placement_of(structure: Structure, layout: Layout, row_multiple: int) -> Placement:
-    """Return the ``placement`` of the programs with a structure."""
+def placement(structure: Structure, layout: Layout, *, row_multiple: int) -> Placement:
+    """Return the verified workspace of the programs with a structure, with parameters in ``layout``.
+
+    Raises ProgramError: see ``verify``.
+    """
     program = structure.program
     placed = plan_workspace(program, row_multiple=row_multiple)
     verify(program, {**placed.ranges, **persistent_places(program, layout)})

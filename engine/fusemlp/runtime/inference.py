@@ -99,7 +99,7 @@ class _Lines:
         )
         workspace, arrays = Workspace(backend), {name: view for name, (view, _) in hidden.items()}
         self._inner = passes.bind(net, count * rows, gradient=1, arrays=arrays, workspace=workspace)
-        dtype, dz = placement(self._inner.program, memory.layout, row_multiple=multiple).places["dz1"]
+        dtype, dz = placement(self._inner.program.structure, memory.layout, row_multiple=multiple).places["dz1"]
         gradients = backend.view(workspace.arena(dtype, 0), dz.offset, (count, long), long)
         self._sum = backend.bind(
             "grad_weight",

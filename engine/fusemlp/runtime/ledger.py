@@ -45,8 +45,9 @@ class Ledger:
     """
 
     privacy: DPSGD | None = None
-    # the names of ``figures``
+    # the names of ``figures``, and of what a diagnosis need not advise
     logs: ClassVar[tuple[str, ...]] = ()
+    remedies: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def of(privacy: DPSGD | None, rows: int, spent: Spent = ()) -> Ledger:
@@ -108,7 +109,7 @@ class PrivateLedger(Ledger):
     """
 
     privacy: DPSGD
-    logs = ("epsilon",)
+    logs, remedies = ("epsilon",), ("clipping",)
 
     def __init__(self, privacy: DPSGD, rows: int, spent: Spent) -> None:
         self.privacy, self._spent, self._rows = privacy, [*spent], rows

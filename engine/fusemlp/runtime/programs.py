@@ -42,7 +42,7 @@ class BoundProgram:
         binders: Mapping[str, Callable[[dict[str, Any]], Callable[[], object]]] | None = None,
     ) -> None:
         backend = memory.backend
-        placed = placement(program, memory.layout, row_multiple=backend.traits.row_multiple)
+        placed = placement(program.structure, memory.layout, row_multiple=backend.traits.row_multiple)
         self.program = program
         self.backend = backend
         self.arrays: dict[str, Any] = {**memory.arrays, **data}

@@ -218,7 +218,7 @@ class EpochLoop(Generic[PolicyT]):
                 state.batch = done
             for watcher in self._watchers:
                 watcher(engine, state.batch - 1)
-            if ends():
+            if done < total and ends():
                 break
         # Not before: an error in a launch leaves the position at the last recorded epoch. After the last batch of an
         # epoch it is not the next epoch yet.

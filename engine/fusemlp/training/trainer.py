@@ -150,10 +150,6 @@ class FitState:
         return update_count - self.batch - (self.epoch - self.first_epoch) * batches
 
 
-# Features that are remedies, by the words of a diagnosis.
-REMEDIES = {"dropout": "dropout", "normalise": "scaling", "privacy": "clipping"}
-
-
 def _as_several(argument: str, value: Any) -> Any:
     """Return a tuple of what can be read once alone; one name, or what is no metric, stays for its own error."""
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value or ()
@@ -313,8 +309,8 @@ class Trainer(Session):
 def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
     """Return the position before a fit with this many batches an epoch."""
     updates = plan.epochs * batches // engine.optimizer.accumulate
-    described = engine.described
-    remedies = [word for feature, word in REMEDIES.items() if feature in described]
+    remedies = ["dropout"] if any(engine.network.dropouts) else []
+    remedies += [*(["scaling"] if engine.normalise else []), *engine.ledger.remedies]
     return FitState(
         epoch=engine.epochs_trained,
         batch=0,
