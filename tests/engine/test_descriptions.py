@@ -15,19 +15,19 @@ from fusemlp.describe.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
     Huber,
+    Loss,
     Poisson,
     Quantile,
     as_loss,
-    loss_from_config,
 )
 from fusemlp.describe.network import MLP, PReLU
 from fusemlp.describe.optimizers import (
     SGD,
     Adam,
     AdamW,
+    Optimizer,
     ParameterOptions,
     as_optimizer,
-    optimizer_from_config,
 )
 from fusemlp.describe.schedules import (
     PLATEAU_START,
@@ -43,7 +43,6 @@ from fusemlp.describe.schedules import (
     StepDecay,
     as_schedule,
     plateau_step,
-    schedule_from_config,
 )
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
@@ -84,7 +83,7 @@ EXAMPLES = {
         Quantile(0.9, reduction="sum"),
     ],
 }
-FROM_CONFIG = {as_schedule: schedule_from_config, as_optimizer: optimizer_from_config, as_loss: loss_from_config}
+FROM_CONFIG = {as_schedule: Schedule.from_config, as_optimizer: Optimizer.from_config, as_loss: Loss.from_config}
 
 
 @pytest.mark.parametrize(
@@ -123,8 +122,8 @@ REFUSED = {
         (lambda: ReduceOnPlateau(0.1, patience=0), "patience: .*got 0"),
         (lambda: ReduceOnPlateau(0.1, min_lr=0.2), "min_lr: .*at most lr.*0.1, got 0.2"),
         (lambda: ReduceOnPlateau(0.1, min_delta=-1), "min_delta: .*got -1"),
-        (lambda: schedule_from_config({"kind": "cosin"}), "did you mean 'cosine'"),
-        (lambda: schedule_from_config({"kind": "constant"}), "missing .'lr', 'warmup'."),
+        (lambda: Schedule.from_config({"kind": "cosin"}), "did you mean 'cosine'"),
+        (lambda: Schedule.from_config({"kind": "constant"}), "missing .'lr', 'warmup'."),
         (lambda: SGD(lr=-0.1), "lr: .*at least 0, got -0.1"),
         (lambda: SGD(momentum=1.0), "momentum: .*below 1, got 1.0"),
         (lambda: SGD(nesterov=True), "nesterov: True needs momentum > 0.*try momentum=0.9"),
@@ -148,10 +147,10 @@ REFUSED = {
         (lambda: Quantile(q=1), "q: .*below 1, got 1"),
         (lambda: as_loss("cross_entrpy"), "loss: unknown name 'cross_entrpy'; did you mean 'cross_entropy'"),
         (lambda: as_loss("l1"), "loss: unknown name 'l1'; it is called 'mae'"),
-        (lambda: loss_from_config({"kind": "mse"}), r"loss: .*missing \['reduction'\]"),
-        (lambda: loss_from_config({"kind": "mse", "reduction": "mean", "delta": 1.0}), r"loss: .*unknown \['delta'\]"),
-        (lambda: optimizer_from_config({**SGD(0.1).to_config(), "rho": 0.9}), r"optimizer: .*unknown .*'rho'"),
-        (lambda: optimizer_from_config({"kind": "sgd"}), r"optimizer: .*missing \['accumulate'"),
+        (lambda: Loss.from_config({"kind": "mse"}), r"loss: .*missing \['reduction'\]"),
+        (lambda: Loss.from_config({"kind": "mse", "reduction": "mean", "delta": 1.0}), r"loss: .*unknown \['delta'\]"),
+        (lambda: Optimizer.from_config({**SGD(0.1).to_config(), "rho": 0.9}), r"optimizer: .*unknown .*'rho'"),
+        (lambda: Optimizer.from_config({"kind": "sgd"}), r"optimizer: .*missing \['accumulate'"),
         (lambda: MSE().spec(accuracy=False, soft=True), r"soft: only cross_entropy .*not mse"),
         (lambda: CrossEntropy(ignore_index=1).spec(accuracy=False, soft=True), "ignore_index: 1 is a class index"),
         (lambda: fits("cross_entropy", 3, "sigmoid"), "^output_act.*logits.*got 'sigmoid'"),
@@ -177,7 +176,7 @@ REFUSED = {
         (lambda: CrossEntropy(ignore_index=True), "ignore_index: .*got True"),
         (lambda: CrossEntropy(class_weight="balanced"), "class_weight: .*got 'balanced'"),
         (lambda: as_loss(MSE), r"loss: .*MSE\(\), .*got <class"),
-        (lambda: loss_from_config({}), "loss: .*"),
+        (lambda: Loss.from_config({}), "loss: .*"),
     ],
     ShapeError: [(lambda: fits(CrossEntropy(class_weight=[1, 1]), 3), "class_weight: expected 3 weights.*got 2")],
 }
@@ -402,9 +401,9 @@ def test_a_function_of_ones_own_is_a_schedule(monkeypatch):
     # a README's snippet, run in the same process, enters one of this name
     monkeypatch.delitem(SCHEDULES, "inverse_root", raising=False)
     with pytest.raises(ArgumentError, match="'inverse_root'"):
-        schedule_from_config(schedule.to_config())
+        Schedule.from_config(schedule.to_config())
     monkeypatch.setitem(SCHEDULES, "inverse_root", InverseRoot)
-    assert schedule_from_config(schedule.to_config()) == schedule
+    assert Schedule.from_config(schedule.to_config()) == schedule
 
 
 @pytest.mark.parametrize(("shift", "update"), [(-3, 0), (0, 0)])

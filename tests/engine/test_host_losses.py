@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score, r2_score, roc_auc_score
 
 import fusemlp
 from fusemlp import MAE, MLP, MSE, SGD, Adam, BinaryCrossEntropy, Engine, Huber, OneCycle, Poisson, Quantile
-from fusemlp.describe.losses import LOSSES, GaussianNLL, OwnLoss, Quantiles, as_loss, loss_from_config
+from fusemlp.describe.losses import LOSSES, GaussianNLL, Loss, OwnLoss, Quantiles, as_loss
 from fusemlp.sklearn import MLPRegressor
 from fusemlp_kernels.contract import COUNTERS, LAST_LOSS, ROW_COUNT, STATS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, DataError, ShapeError
@@ -298,7 +298,7 @@ def test_metrics_of_quantiles_and_means():
 @pytest.mark.parametrize("name", LOSSES_OF_HOST)
 def test_files_hold_the_loss(name, tmp_path):
     loss, _, targets, _ = LOSSES_OF_HOST[name]
-    assert loss_from_config(loss.to_config()) == loss
+    assert Loss.from_config(loss.to_config()) == loss
     engine = engine_of(name)
     engine.save(tmp_path / "m")
     assert fusemlp.load(tmp_path / "m").evaluate(X, targets) == engine.evaluate(X, targets)

@@ -5,9 +5,9 @@ effectiveness of interval bound propagation for training verifiably robust model
 """
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from fusemlp.describe.checks import as_kind, as_number, check_choice, knows_names_of
 from fusemlp.describe.conflicts import Features
@@ -21,9 +21,6 @@ NORMS = ("inf", "2")
 def _as_norm(argument: str, value: object) -> str:
     known: dict[Any, Any] = {2: "2", float("inf"): "inf"}
     return check_choice(argument, known.get(value, value) if isinstance(value, Hashable) else value, NORMS)
-
-
-Norm = Annotated[str, _as_norm]
 
 
 Bounds: TypeAlias = tuple[float, float]
@@ -40,11 +37,19 @@ def as_bounds(argument: str, value: Any) -> Bounds:
 
 
 @dataclass(frozen=True)
-class Adversary(Description):
+class Adversary(Description, family="adversarial"):
     """The base of all that a training can be against; one of this class itself changes nothing."""
 
     # whether its strength rises over the updates, so that something runs between gradients and update
     ramps: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Invert ``to_config``; that of a training by TRADES, of an earlier release, is its PGD."""
+        if config.get("kind") == "trades":
+            shared = {name: value for name, value in config.items() if name != "beta"}
+            config = PGD(config["eps"]).to_config() | shared | {"kind": PGD.kind}
+        return super().from_config(config)
 
     @property
     def bounds(self) -> Bounds | None:
@@ -120,7 +125,7 @@ class PGD(Attack):
 
     steps: Count = 10
     step_size: Positive | None = None
-    norm: Norm = "inf"
+    norm: Annotated[str, _as_norm] = "inf"
     _: KW_ONLY
     restarts: Count = 1
     random_start: Flag = True
@@ -204,3 +209,4 @@ class IBP(Adversary):
 for _cls in (FGSM, PGD, IBP):
     # its error lists the names here: other libraries call them epsilon, alpha, max_iter
     knows_names_of(_cls, {})
+Adversary.kinds = {attack.kind: attack for attack in (FGSM, PGD, IBP)}

@@ -9,7 +9,7 @@ from fusemlp.describe.description import Count, Description, Flag, Positive
 
 
 @dataclass(frozen=True)
-class Normalisation(Description):
+class Normalisation(Description, family="norm"):
     """The base of ``LayerNorm`` and ``RMSNorm``: what a layer's rows are normalised by before its activation."""
 
     # the module of torch
@@ -40,6 +40,7 @@ class RMSNorm(Normalisation):
 
 
 NORMS: dict[str, type[Normalisation]] = {cls.kind: cls for cls in (LayerNorm, RMSNorm)}
+Normalisation.kinds = NORMS
 _NAMES_ELSEWHERE = {"layer_norm": "layer", "layernorm": "layer", "ln": "layer", "rms_norm": "rms", "rmsnorm": "rms"}
 
 
@@ -65,7 +66,7 @@ class Residual(Description):
 
 
 @dataclass(frozen=True)
-class Frequency(Description):
+class Frequency(Description, family="encoding"):
     """Inputs as waves: ``sin(2**k * pi * x)`` and ``cos(2**k * pi * x)`` for each k from 0 to before ``octaves``.
 
     So a network learns detail in few coordinates, those of a picture or of a scene (Mildenhall et al., "NeRF", 2020).
@@ -84,4 +85,4 @@ class Frequency(Description):
         return inputs * (2 * self.octaves + self.inputs)
 
 
-ENCODINGS = {Frequency.kind: Frequency}
+Frequency.kinds = {Frequency.kind: Frequency}

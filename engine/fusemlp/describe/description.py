@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import UnionType
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, check_keys
 from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError, FusemlpError
@@ -30,6 +30,8 @@ OpenFraction = Annotated[float, partial(as_number, low=0.0, high=1.0, low_open=T
 Count = Annotated[int, partial(as_count, maximum=2**63 - 1)]
 Seed = Annotated[int, partial(as_count, minimum=0)]
 Flag = Annotated[bool, check_flag]
+# The bases of the families, by their names.
+FAMILIES: "dict[str, type[Description]]" = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Description:
     """
 
     kind: ClassVar[str] = ""
+    # the family that it is a kind of, by the name that errors and files have for it, and all its kinds
+    family: ClassVar[str] = ""
+    kinds: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, family: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if family:
+            cls.family, FAMILIES[family] = family, cls
 
     def __post_init__(self) -> None:
         cls: Any = type(self)
@@ -58,15 +68,12 @@ class Description:
         config = {"kind": self.kind} if self.kind else {}
         return config | {name: _plain(getattr(self, name)) for name in _names(type(self))}
 
-
-Described = TypeVar("Described", bound=Description)
-
-
-def from_config(argument: str, known: Mapping[str, type[Described]], config: Mapping[str, Any]) -> Described:
-    """Return the description of a configuration: ``kind`` is a key of ``known``; errors call it ``argument``."""
-    cls = known[check_choice(argument, config.get("kind"), known)]
-    check_keys(argument, config, ("kind", *_names(cls)))
-    return cls(**{name: value for name, value in config.items() if name != "kind"})
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Return the description of a configuration, of the ``kind`` of the family that it names."""
+        kind: type[Self] = cls.kinds[check_choice(cls.family, config.get("kind"), cls.kinds)]
+        check_keys(cls.family, config, ("kind", *_names(kind)))
+        return kind(**{name: value for name, value in config.items() if name != "kind"})
 
 
 @contextlib.contextmanager

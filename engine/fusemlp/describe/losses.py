@@ -13,14 +13,14 @@ from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.describe.checks import as_number, check_choice, check_keys, function_name
 from fusemlp.describe.conflicts import Features, check_together, in_use
-from fusemlp.describe.description import Description, Flag, OpenFraction, Positive, Share, from_config, stored
+from fusemlp.describe.description import Description, Flag, OpenFraction, Positive, Share, stored
 from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import DISTRIBUTIONS, OWN, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -67,7 +67,7 @@ def _check_weights(argument: str, given: object) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Loss(Description):
+class Loss(Description, family="loss"):
     """The base class of all losses."""
 
     takes_logits: ClassVar[str] = ""
@@ -77,6 +77,17 @@ class Loss(Description):
     on_host: ClassVar[bool] = False
     _: KW_ONLY
     reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Invert ``to_config``."""
+        if config.get("kind") == OWN:
+            check_keys("loss", {"like": None, **config}, ("kind", "name", "like"))
+            like = cls.from_config(config["like"]) if "like" in config else None
+            return cast(Self, OwnLoss(name=stored("loss.name", config["name"], str), like=like))
+        # older files do not have it
+        known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
+        return super().from_config({**known, **config})
 
     @property
     def class_weight(self) -> ClassWeights | None:
@@ -427,6 +438,7 @@ LOSSES: dict[str, type[Loss]] = {
     cls.kind: cls
     for cls in (CrossEntropy, BinaryCrossEntropy, MSE, MAE, Huber, Poisson, Quantile, Quantiles, GaussianNLL)
 }
+Loss.kinds = LOSSES
 
 
 def as_loss(value: LossLike) -> Loss:
@@ -443,14 +455,3 @@ def as_loss(value: LossLike) -> Loss:
         return OwnLoss.of(value)
     expected = "a name such as 'mse', an object such as MSE(), or a function f(outputs, targets) -> (loss, gradient)"
     return LOSSES[check_choice("loss", value, LOSSES, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
-
-
-def loss_from_config(config: Mapping[str, Any]) -> Loss:
-    """Invert ``to_config``."""
-    if config.get("kind") == OWN:
-        check_keys("loss", {"like": None, **config}, ("kind", "name", "like"))
-        like = loss_from_config(config["like"]) if "like" in config else None
-        return OwnLoss(name=stored("loss.name", config["name"], str), like=like)
-    # older files do not have it
-    known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
-    return from_config("loss", LOSSES, {**known, **config})

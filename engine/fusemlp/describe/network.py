@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 
-from fusemlp.describe.blocks import ENCODINGS, NORMS, Frequency, Normalisation, Residual, as_norm
+from fusemlp.describe.blocks import Frequency, Normalisation, Residual, as_norm
 from fusemlp.describe.checks import (
     aligned,
     as_count,
@@ -30,7 +30,7 @@ from fusemlp.describe.checks import (
     names_absent,
 )
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
-from fusemlp.describe.description import Description, from_config
+from fusemlp.describe.description import Description
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -50,7 +50,7 @@ _NAMES_ELSEWHERE = {"linear": "identity", "none": "identity", "logistic": "sigmo
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Activation(Description):
+class Activation(Description, family="activation"):
     """An activation by its name in the kernel contract; ``slope`` is leaky_relu's, prelu's initial one, or elu's alpha.
 
     By default the slope is that of ``SLOPES``, and 0 for an activation without one. leaky_relu and elu need
@@ -78,6 +78,12 @@ class Activation(Description):
             return f"{pointwise.ACTIVATIONS[self.name].torch}({self.slope!r})"
         return f"Activation({self.name!r})"
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Invert ``to_config``."""
+        check_keys("activation", config, ("name", "slope"))
+        return cls(config["name"], config["slope"])
+
 
 def LeakyReLU(negative_slope: float = 0.01) -> Activation:
     """``z if z > 0 else negative_slope * z``, with a fixed ``negative_slope >= 0`` (Maas et al., 2013)."""
@@ -92,12 +98,6 @@ def PReLU(init: float = 0.25) -> Activation:
 def ELU(alpha: float = 1.0) -> Activation:
     """``z if z > 0 else alpha * (exp(z) - 1)``, with a fixed ``alpha >= 0`` (Clevert et al., 2016)."""
     return Activation("elu", alpha)
-
-
-def activation_from_config(config: Mapping[str, Any]) -> Activation:
-    """Invert ``Activation.to_config``."""
-    check_keys("activation", config, ("name", "slope"))
-    return Activation(config["name"], config["slope"])
 
 
 def as_activation(argument: str, value: str | Activation) -> Activation:
@@ -447,15 +447,15 @@ class MLP(Description):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> MLP:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Return the network of a description from ``to_config``."""
         config = {**ABSENT, **config}
         check_keys("network", config, FIELDS)
         encoding = config["encoding"]
         parts = {
-            "activations": [activation_from_config(part) for part in config["activations"]],
-            "norms": [None if norm is None else from_config("norm", NORMS, norm) for norm in config["norms"]],
-            "encoding": None if encoding is None else from_config("encoding", ENCODINGS, encoding),
+            "activations": [Activation.from_config(part) for part in config["activations"]],
+            "norms": [None if norm is None else Normalisation.from_config(norm) for norm in config["norms"]],
+            "encoding": None if encoding is None else Frequency.from_config(encoding),
         }
         net = cls(**_arguments(**{**config, **parts}))
         if config["norms"] and len(config["norms"]) != net.layers:

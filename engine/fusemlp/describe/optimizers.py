@@ -20,13 +20,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fusemlp.describe.checks import as_number, check_choice, knows_names_of
 from fusemlp.describe.conflicts import Features, in_use
-from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, Positive, from_config
+from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, Positive
 from fusemlp.describe.network import MLP
-from fusemlp.describe.schedules import Schedule, as_schedule, schedule_from_config
+from fusemlp.describe.schedules import Schedule, as_schedule
 from fusemlp_kernels.contract import TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -87,7 +87,7 @@ LearningRate = Annotated[float | Schedule, _check_rate]
 
 
 @dataclass(frozen=True)
-class Optimizer(Description):
+class Optimizer(Description, family="optimizer"):
     """The base class of all optimizers."""
 
     lr: LearningRate = 0.01
@@ -98,6 +98,17 @@ class Optimizer(Description):
     accumulate: Count = 1
     decay_biases: Flag = True
     per_parameter: Annotated[PerParameter, _check_patterns] = ()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Invert ``to_config``."""
+        # older files have no average
+        options = {"ema": 0.0, **config}
+        if isinstance(options.get("lr"), Mapping):
+            options["lr"] = Schedule.from_config(options["lr"])
+        if "per_parameter" in options:
+            options["per_parameter"] = [(pattern, ParameterOptions(**one)) for pattern, one in options["per_parameter"]]
+        return super().from_config(options)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -201,6 +212,7 @@ class AdamW(_Adam):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {cls.kind: cls for cls in (SGD, Adam, AdamW)}
+Optimizer.kinds = OPTIMIZERS
 # Arguments of Keras's optimizers.
 _ELSEWHERE = {
     "learning_rate": "it is called lr here: Adam(lr=0.001)",
@@ -229,14 +241,3 @@ def as_optimizer(value: str | Optimizer) -> Optimizer:
         return value
     expected = "a name such as 'adam' or an object such as SGD(lr=0.1)"
     return OPTIMIZERS[check_choice("optimizer", value, OPTIMIZERS, expected=expected)]()
-
-
-def optimizer_from_config(config: Mapping[str, Any]) -> Optimizer:
-    """Invert ``to_config``."""
-    # older files have no average
-    options = {"ema": 0.0, **config}
-    if isinstance(options.get("lr"), Mapping):
-        options["lr"] = schedule_from_config(options["lr"])
-    if "per_parameter" in options:
-        options["per_parameter"] = [(pattern, ParameterOptions(**one)) for pattern, one in options["per_parameter"]]
-    return from_config("optimizer", OPTIMIZERS, options)

@@ -22,14 +22,14 @@ import math
 import numbers
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.description import Count, Description, NonNegative, OpenFraction, Positive, from_config
+from fusemlp.describe.description import Count, Description, NonNegative, OpenFraction, Positive
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Array = np.ndarray[Any, Any]
@@ -54,7 +54,7 @@ def _check_warmup(argument: str, value: Any) -> int | float:
 
 
 @dataclass(frozen=True)
-class Schedule(Description, ABC):
+class Schedule(Description, ABC, family="schedule"):
     """The base of all schedules; a subclass is a frozen dataclass with ``kind`` and ``after_warmup``."""
 
     # whether the rate stays the same after the warm-up
@@ -304,11 +304,7 @@ def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -
 SCHEDULES: dict[str, type[Schedule]] = {
     cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, FlatCosine, CosLog4, ReduceOnPlateau)
 }
-
-
-def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """Invert ``to_config``."""
-    return from_config("schedule", SCHEDULES, config)
+Schedule.kinds = SCHEDULES
 
 
 def as_schedule(argument: str, value: float | Schedule) -> Schedule:

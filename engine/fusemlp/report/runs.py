@@ -183,8 +183,8 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
         # earlier releases had none
         description.stored("data.notes", config["data"].get("notes", []), list[str])
         network.MLP.from_config(config["network"])
-        losses.loss_from_config(config["loss"])
-        optimizers.optimizer_from_config(config["optimizer"])
+        losses.Loss.from_config(config["loss"])
+        optimizers.Optimizer.from_config(config["optimizer"])
     return run, config
 
 

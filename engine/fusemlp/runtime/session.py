@@ -14,9 +14,9 @@ from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use, refused_by
 from fusemlp.describe.description import Machine, stored
-from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss, loss_from_config
+from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss
 from fusemlp.describe.network import MLP, as_network
-from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
+from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
@@ -127,8 +127,8 @@ class Session:
 
     def describe_from(self, config: Mapping[str, Any]) -> None:
         """Take a ``description``; what is left to do for a session whose constructor has not run is ``start``."""
-        network, loss = MLP.from_config(config["network"]), loss_from_config(config["loss"])
-        optimizer = optimizer_from_config(config["optimizer"])
+        network, loss = MLP.from_config(config["network"]), Loss.from_config(config["loss"])
+        optimizer = Optimizer.from_config(config["optimizer"])
         self._describe(network, loss, optimizer, config["batch_size"], config["seed"])
         self.precision = check_choice("precision", config["precision"], PRECISIONS)
         # older files do not have them

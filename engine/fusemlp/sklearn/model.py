@@ -7,21 +7,18 @@ reads the network without the estimator.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fusemlp.describe.adversarial import FGSM, IBP, PGD, Attack
-from fusemlp.describe.blocks import NORMS, Normalisation
-from fusemlp.describe.description import from_config
-from fusemlp.describe.losses import Loss, as_loss, loss_from_config
-from fusemlp.describe.network import MLP, Activation, activation_from_config
-from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
-from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule, schedule_from_config
+from fusemlp.describe.description import FAMILIES, Description
+from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.files import CHECKPOINT, reading_file
@@ -90,12 +87,12 @@ class Model:
     ) -> Model:
         """Return the model of a checkpoint's ``content``, as a pickle restores it."""
         config, tensors = content["config"], content["tensors"]
-        optimizer = optimizer_from_config(config["optimizer"])
+        optimizer = Optimizer.from_config(config["optimizer"])
         states = [f"state{index}" for index in range(optimizer.rule().state_count)]
         model = cls.__new__(cls)
         model.__setstate__(
             {
-                "arguments": (MLP.from_config(config["network"]), loss_from_config(config["loss"]), optimizer),
+                "arguments": (MLP.from_config(config["network"]), Loss.from_config(config["loss"]), optimizer),
                 "schedule": schedule,
                 "rates": Rates(*rates),
                 "plateau": plateau,
@@ -179,26 +176,6 @@ class Model:
 
 ENTRY = "estimator"
 EstimatorT = TypeVar("EstimatorT")
-_AGAINST: dict[str, type[Any]] = {attack.kind: attack for attack in (FGSM, PGD, IBP)}
-
-
-def _attack_of(config: Mapping[str, Any]) -> Attack | IBP:
-    """Return the attack of a file; that of a training by TRADES, of an earlier release, is its PGD."""
-    if config.get("kind") == "trades":
-        shared = {name: value for name, value in config.items() if name != "beta"}
-        config = PGD(config["eps"]).to_config() | shared | {"kind": PGD.kind}
-    described: Attack | IBP = from_config("adversarial", _AGAINST, config)
-    return described
-
-
-DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
-    "activation": (Activation, activation_from_config),
-    "norm": (Normalisation, partial(from_config, "norm", NORMS)),
-    "loss": (Loss, loss_from_config),
-    "optimizer": (Optimizer, optimizer_from_config),
-    "schedule": (Schedule, schedule_from_config),
-    "adversarial": (Attack | IBP, _attack_of),
-}
 
 
 def save_estimator(estimator: Any, engine: Trainer, path: str | Path, *, without: tuple[str, ...], **more: Any) -> None:
@@ -260,9 +237,8 @@ def _encoded(name: str, value: Any) -> Any:
         return {"dict": [[_encoded(name, item) for item in pair] for pair in value.items()]}
     if isinstance(value, np.ndarray):
         return {"array": [value.dtype.str, _encoded(name, value.tolist())]}
-    for kind, (base, _) in DESCRIBED.items():
-        if isinstance(value, base):
-            return {kind: value.to_config()}
+    if isinstance(value, Description) and value.family:
+        return {value.family: value.to_config()}
     raise ArgumentError(f"{name}: a file cannot hold {value!r}; use joblib.dump, which pickles it")
 
 
@@ -279,4 +255,4 @@ def _decoded(value: Any) -> Any:
     if kind == "array":
         dtype, values = content
         return np.array(_decoded(values), dtype)
-    return DESCRIBED[kind][1](content)
+    return FAMILIES[kind].from_config(content)
