@@ -23,7 +23,7 @@ from fusemlp import Callback, Engine
 from fusemlp.fleet.launches import LaunchGroup
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
-from fusemlp.sklearn.candidates import Candidates
+from fusemlp.sklearn.search import Candidates
 from fusemlp.sklearn.solvers import SklearnPolicy
 
 X, Y = load_wine(return_X_y=True)

@@ -24,8 +24,7 @@ from sklearn.svm import SVC
 from fusemlp import ArgumentError, ArgumentTypeError, Callback
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier, MLPRegressor
-from fusemlp.sklearn.candidates import SharedFits
-from fusemlp.sklearn.search import _at_once
+from fusemlp.sklearn.search import SharedFits, _at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -189,7 +188,7 @@ def test_a_transformer_that_fails_is_marked_and_the_others_go_on():
 
 
 def test_shared_fits_keep_no_more_than_they_may(monkeypatch):
-    monkeypatch.setattr("fusemlp.sklearn.candidates.LIMIT", 2 * 800)
+    monkeypatch.setattr("fusemlp.sklearn.search.LIMIT", 2 * 800)
     calls = []
 
     def transform(rows, *, label, caller=None):

@@ -6,10 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 from fusemlp.describe.optimizers import Optimizer
-from fusemlp.program.builder import Builder
+from fusemlp.program.builder import Builder, MembersBuilder
 from fusemlp.program.layout import REMEMBERED
 from fusemlp.program.passes.blocks import blocks, encode
-from fusemlp.program.passes.members import MembersBuilder
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
 from fusemlp_kernels.contract import OWN, TensorRule, batch_parts

@@ -1,15 +1,27 @@
-"""scikit-learn's searches for parameters, whose candidates and folds train side by side."""
+"""scikit-learn's searches for parameters, whose candidates and folds train side by side.
+
+scikit-learn's search fits one candidate on one fold after another, each a clone of the search's estimator. Here that
+clone is the next fit, which was set up in the same thread and trains meanwhile: on NumPy on a thread for each core, on
+Triton in one launch for all of one shape. Scores and failures are those of fits one after another.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import pickle
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import joblib
 import numpy as np
+from sklearn import config_context, get_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, check_cv
 from sklearn.model_selection._search import BaseSearchCV
@@ -20,10 +32,268 @@ from sklearn.utils.validation import _check_method_params
 
 from fusemlp.datasets.rows import available_memory
 from fusemlp.describe.checks import as_kind
+from fusemlp.engine import Engine
+from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, signature, train_together
+from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.memory import on_device
 from fusemlp.runtime.plans import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.candidates import Candidates, SharedFits, last_step
+from fusemlp.sklearn.batches import ResidentBatches
+from fusemlp.sklearn.model import Model
+from fusemlp.sklearn.settings import STOCHASTIC
+from fusemlp.sklearn.solvers import SklearnPolicy, warn_unconverged
+from fusemlp.training.loop import EpochLoop
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+# raised for what cannot be pickled
+UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
+# Bytes of transformed rows; beyond them all are dropped.
+LIMIT = 1 << 30
+
+
+@dataclass(eq=False)
+class Candidate:
+    """An estimator with a candidate's parameters; ``epochs`` trains its last step, a model, on the rows of a fold."""
+
+    estimator: Any
+    epochs: EpochLoop[SklearnPolicy]
+    error: Exception | None = None
+    ended: bool = False
+
+    def training(self) -> Training:
+        """Yield the launches of the model."""
+        with _ending([self]):
+            yield from self.epochs.launches(lambda: False)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what models have in common that can train in one launch."""
+        model, batches = self.epochs.policy.model, self.epochs.policy.batches
+        spec, engine = model.loop_loss, model.engine
+        shapes = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(batches.data.items()))
+        return signature(engine), batches.batch_size, spec.kind, spec.soft, spec.ignore_index, engine.precision, shapes
+
+
+@contextmanager
+def _ending(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Mark models as ended after the block; their fits raise its error."""
+    try:
+        yield
+    except Exception as error:
+        for candidate in candidates:
+            candidate.error = error
+    for candidate in candidates:
+        candidate.ended = True
+
+
+class Candidates:
+    """Sets up and trains fits before scikit-learn asks for them: they are the clones of ``asked``, in order.
+
+    A fit is a clone of ``estimator`` with ``parameters``, which ``fit`` fits to the rows of a fold. ``workers``:
+    threads for models on the host. ``at_once`` returns how many models that share launches to set up at first.
+    """
+
+    def __init__(
+        self,
+        asked: Any,
+        estimator: Any,
+        fits: Iterator[tuple[Mapping[str, Any], Callable[[Any], object]]],
+        workers: int,
+        at_once: Callable[[], int],
+    ) -> None:
+        self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
+        self._threads = LaunchThreads(workers)
+        self._most, self._together = self._threads.most, False
+        # engines on the host, as they were when new, and their models
+        self._lent: list[tuple[Any, Engine, dict[str, Array], weakref.ref[Model]]] = []
+        self._checked: Any = None
+        # None for a fit that trains when it is asked for
+        self._next: deque[Candidate | None] = deque()
+
+    def __enter__(self) -> None:
+        self._asked.__sklearn_clone__ = self._clone
+
+    def __exit__(self, *error: object) -> None:
+        del self._asked.__sklearn_clone__
+        self._threads.close()
+
+    def _clone(self) -> Any:
+        """Return the estimator of the next fit, whose ``fit`` waits for the end of its training."""
+        if not self._next or not self._together:
+            self._fill()
+        candidate = self._next.popleft()
+        if candidate is None:
+            return clone(self._estimator)
+        estimator = candidate.estimator
+        estimator.set_params = lambda **parameters: estimator
+        estimator.fit = partial(self._finish, candidate)
+        return estimator
+
+    def _finish(self, candidate: Candidate, *data: Any, **options: Any) -> Any:
+        """Return the fitted estimator; raises what went wrong in the training."""
+        estimator, epochs = candidate.estimator, candidate.epochs
+        del estimator.set_params, estimator.fit
+        while not candidate.ended:
+            self._threads.wait()
+        if candidate.error is not None:
+            raise candidate.error
+        warn_unconverged(epochs)
+        epochs.policy.estimator._finish(epochs.policy)
+        return estimator
+
+    def _fill(self) -> None:
+        """Set up the next fits."""
+        waiting: dict[Any, list[Candidate]] = {}
+        while len(self._next) < self._most and (following := next(self._fits, None)) is not None:
+            candidate = self._set_up(*following)
+            self._next.append(candidate)
+            if candidate is None:
+                continue
+            if candidate.epochs.bound is not None:
+                self._threads.start(candidate.training())
+                continue
+            if not self._together:
+                self._most, self._together = self._at_once(), True
+            waiting.setdefault(candidate.signature(), []).append(candidate)
+        for candidates in waiting.values():
+            with _ending(candidates):
+                if not _train_together(candidates):
+                    self._next = deque(None if candidate in candidates else candidate for candidate in self._next)
+
+    def _set_up(self, parameters: Mapping[str, Any], fit: Callable[[Any], object]) -> Candidate | None:
+        """Return a fit that is ready to train, or None for one that fails, warns, prints or calls back."""
+        loops: list[EpochLoop[SklearnPolicy]] = []
+        estimator = clone(self._estimator)
+
+        def collect(*data: Any) -> None:
+            del model._fit
+            if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
+                with warnings.catch_warnings(record=True) as said:
+                    # those of all threads: as errors they would end what others do
+                    warnings.simplefilter("always")
+                    loop = model._set_up(*data, make=self._model)
+                loops.extend([] if said else [loop])
+
+        try:
+            estimator.set_params(**clone(parameters, safe=False))
+            if not isinstance(last_step(estimator), BaseMLP):
+                return None
+            model = last_step(estimator)
+            model._fit = collect
+            # a candidate's parameters are checked on its first fold
+            checked = parameters is self._checked or get_config()["skip_parameter_validation"]
+            with config_context(skip_parameter_validation=checked):
+                fit(estimator)
+            self._checked = parameters
+        except Exception:
+            # the fit itself fails again
+            return None
+        ready = loops and isinstance(loops[0].policy.batches, ResidentBatches)
+        return Candidate(estimator, loops[0]) if ready else None
+
+    def _model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
+        """Return a model on the engine of a like fit that scikit-learn has scored and forgotten, or on a new one."""
+        key = network, loss, optimizer.rule(), options["backend"], options["precision"]
+        place = next((place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None), None)
+        if place is None:
+            # an engine of another shape is not kept for fits that may not come
+            self._lent = [lent for lent in self._lent if lent[3]() is not None]
+            engine = Engine(network, loss, optimizer, **options)
+            state = engine.memory.snapshot()
+        else:
+            _, engine, state, _ = self._lent.pop(place)
+            engine.optimizer, engine.seed = optimizer, options["seed"]
+            engine.lay_out(None)
+            engine.restore(state)
+        model = Model(network, loss, optimizer, *rest, engine=engine, **options)
+        if engine.memory.backend.traits.on_host:
+            self._lent.append((key, engine, state, weakref.ref(model)))
+        return model
+
+
+def last_step(estimator: Any) -> Any:
+    """Return the estimator that a pipeline ends in, or the estimator itself."""
+    while isinstance(estimator, Pipeline) and estimator.steps:
+        estimator = estimator.steps[-1][1]
+    return estimator
+
+
+def _train_together(candidates: Sequence[Candidate]) -> bool:
+    """Train models of one signature in one launch; False where their plan is another."""
+    loops = dict(enumerate(candidate.epochs for candidate in candidates))
+    batches: list[Any] = [loop.policy.batches for loop in loops.values()]
+    engines = [loop.policy.model.engine for loop in loops.values()]
+    if engines[0].plan_for("auto", batches[0].batch_size, models=len(engines))[0] != "resident":
+        return False
+    data, firsts = _shared_data([source.data for source in batches])
+    train_together(
+        LaunchGroup(engines),
+        loops,
+        lambda loop, inputs: loop.policy.batches.program(inputs),
+        on_device(engines[0].memory.backend, engines[0].network, data),
+        interrupted=lambda: False,
+        ended=lambda place, error: setattr(candidates[place], "error", error),
+        firsts=firsts,
+    )
+    return True
+
+
+def _shared_data(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list[int]]:
+    """Return the arrays of all models, stored contiguously and each once, and the row where each model's begin."""
+    begins: dict[str, int] = {}
+    parts: list[Mapping[str, Array]] = []
+    places = []
+    for own in data:
+        key = joblib.hash(own)
+        if key not in begins:
+            begins[key] = sum(len(part["x"]) for part in parts)
+            parts.append(own)
+        places.append(begins[key])
+    return {name: np.concatenate([part[name] for part in parts]) for name in data[0]}, places
+
+
+class SharedFits:
+    """Keeps fitted steps and their transformed rows in this process, as a pipeline's ``memory``.
+
+    Two calls are the same if the step, its parameters, the rows and the targets are. They share the fitted step and get
+    rows of their own, which a later step may change in place, as steps with ``copy=False`` do.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, tuple[Any, Any]] = {}
+
+    def cache(self, function: Callable[..., Any], ignore: Iterable[str] = ()) -> Callable[..., Any]:
+        """Return ``function`` called once for the same arguments; those named in ``ignore`` do not count."""
+        ignored = frozenset(ignore)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            counted = {name: value for name, value in named.items() if name not in ignored}
+            try:
+                key = joblib.hash((function.__qualname__, arguments, counted))
+            except UNPICKLABLE:
+                # a step with a lambda, for example, cannot be compared
+                return function(*arguments, **named)
+            if key not in self._results:
+                if sum(_bytes(rows) for rows, _ in self._results.values()) > LIMIT:
+                    self._results.clear()
+                self._results[key] = function(*arguments, **named)
+            rows, step = self._results[key]
+            return copy.deepcopy(rows), step
+
+        return call
+
+    def __deepcopy__(self, memo: Any) -> SharedFits:
+        # clones of the pipeline share the results
+        return self
+
+
+def _bytes(rows: Any) -> int:
+    """Return the size of transformed rows, dense, sparse or a table."""
+    if hasattr(rows, "memory_usage"):
+        return int(rows.memory_usage().sum())
+    # a sparse matrix keeps its numbers in an array
+    stored = rows if hasattr(rows, "nbytes") else getattr(rows, "data", None)
+    return int(getattr(stored, "nbytes", 0))
+
 
 # joblib's own backends, in whose place models train side by side.
 LOCAL = {joblib.parallel.BACKENDS[name] for name in ("loky", "multiprocessing", "threading", "sequential")}
