@@ -37,11 +37,11 @@ PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.pr
 # The reason for a plan that the user named.
 ASKED = "asked for"
 UNPROVEN = f"{ASKED}; no card has run it yet"
-# Steps between two checks for Ctrl-C. Steps on the host take a tenth of a second at most, estimated by their
+# Steps between two checks for Ctrl-C. Steps on the host take about a tenth of a second at most, estimated by their
 # floating-point operations.
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
-UNINTERRUPTED_FLOPS = 2e9
+UNINTERRUPTED_FLOPS = 1e10
 # Steps that call a function of the caller's, which may take long.
 CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
