@@ -333,6 +333,7 @@ WRONG = {
     "metric": (classifier(metric="areas"), (X, Y), "metric: .*'areas'"),
     "one class": (classifier(), (X, ["a"] * 120), "target: 'y' is 'a' in all rows, which is one class"),
     "a lazy frame": (classifier(), (SimpleNamespace(collect=X.copy), Y), "got SimpleNamespace; .*collect"),
+    "complex numbers": (classifier(), (X.assign(size=1j), Y), "'size' has complex numbers"),
     "no rows": (classifier(), (X[:0], Y[:0]), "y: the target is missing in all 0 rows"),
     "no label": (classifier(), (X, [None] * 120), "y: the target is missing in all 120 rows"),
     "weights of zero": (classifier(), (X, Y, np.zeros(120)), "at least one non-zero number"),

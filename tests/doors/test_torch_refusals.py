@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 
 import numpy as np
@@ -399,3 +400,11 @@ def test_probabilities_and_an_ignored_class():
     step = fuse(module, nn.CrossEntropyLoss(ignore_index=1), optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(ArgumentError, match="ignore_index=1 is a class index"):
         step(X, torch.full((4, 3), 1.0 / 3.0))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_step_is_not_copied(copied):
+    module = plain()
+    step = fuse(module, nn.CrossEntropyLoss(), optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(ArgumentTypeError, match=r"step: .*copy or save those two"):
+        copied(step)

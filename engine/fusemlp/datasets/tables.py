@@ -102,6 +102,8 @@ def _from_pandas(column: Any) -> Any:
     pyarrow = arrow()
     # a period is the moment at which it begins
     column = column.dt.to_timestamp() if hasattr(column.dtype, "freq") else as_stored(column)
+    if column.dtype.kind == "c":
+        raise TypeError(f"{column.name!r} has complex numbers")
     try:
         return pyarrow.Array.from_pandas(column)
     except (pyarrow.ArrowException, TypeError):

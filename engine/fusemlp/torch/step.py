@@ -24,7 +24,7 @@ from fusemlp.torch.modules import Reading
 from fusemlp.torch.parameters import Tie
 from fusemlp.torch.programs import UNIT_RATE, Clocks, Programs, UpdateSet
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend, TensorRule
-from fusemlp_kernels.errors import ArgumentError, DTypeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 
 _FORM = attrgetter("shape", "dtype", "device", "layout")
 # Names of torch and of the engine for the same.
@@ -202,6 +202,12 @@ class FusedStep:
         """The kernel calls of a step with the last batch size (32 rows before the first), as printable data."""
         rows = next(reversed(self._batches.values())).rows if self._batches else 32
         return self._programs.lower(rows, self._programs.usual)
+
+    def __reduce__(self) -> Any:
+        raise ArgumentTypeError(
+            "step: a fused step cannot be copied or pickled, as its module and optimizer have the kernels' memory; "
+            "copy or save those two, and fuse the copies"
+        )
 
     def __repr__(self) -> str:
         loss = f"{self._loss.name} by autograd" if isinstance(self._loss, OwnLoss) else repr(self._loss)
