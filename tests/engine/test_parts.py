@@ -242,7 +242,7 @@ def test_a_label_that_only_the_test_file_has(tmp_path):
         ({"test": "train.csv"}, "test: 'train.csv' is the file of DATA too; give a file with other rows"),
         ({"validation": "test.csv", "test": "test.csv"}, "test: 'test.csv' is the file of --validation too"),
         ({"data": "iris", "target": None, "drop": None, "test": "iris"}, "test: 'iris' is the file of DATA too"),
-        ({"test": "nowhere.csv"}, "there is no file or folder 'nowhere.csv'"),
+        ({"test": "nowhere.csv"}, "test: there is no file or folder 'nowhere.csv'"),
         ({"test": "columns.csv"}, "columns.csv: no feature columns 'word'; the columns are 'x', 'y'"),
         ({"test": "unlabelled.csv"}, "there is no target column 'y' to judge rows by"),
         ({"validation": "numbers.csv"}, "'y' holds"),

@@ -66,7 +66,7 @@ def load_data(
     """
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
-    place = _existing(source)
+    place = existing(source)
     if isinstance(place, Frame) or tables.is_table(place):
         shipped = isinstance(source, str) and source in tables.SHIPPED
         chosen = tables.SHIPPED[source] if shipped and target is None else target
@@ -103,7 +103,7 @@ def load_features(
     table that name the rows, or in their place those that are ``carried``, None for all, as Arrow's columns with the
     cells as they are; with ``typed`` numbers of a text file are numbers. Raises DataError that lists missing columns.
     """
-    path = _existing(source)
+    path = existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or tables.is_table(path):
         return _read_like(
@@ -126,7 +126,7 @@ def load_labelled(
     The columns and categories are those of a run's preprocessor or of an earlier data set. Rows without a label are
     left out, with a line in ``notes``. If the data bring a test set, the test set is returned.
     """
-    path = _existing(source)
+    path = existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or tables.is_table(path):
         X, table = _read_like(path, like, form or Form(), notes, ignore_unused, targets=like.targets)
@@ -238,7 +238,7 @@ def _read(source: str | Path) -> Dataset:
     return named(str(source)) if source in NAMES else from_path(Path(source))
 
 
-def _existing(source: Any) -> Place:
+def existing(source: Any, argument: str = "data") -> Place:
     """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
     if not isinstance(source, (str, Path)):
         return tables.as_frame(source)
@@ -248,7 +248,7 @@ def _existing(source: Any) -> Place:
     try:
         known = source in NAMES or path.exists()
     except OSError as error:
-        raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
+        raise DataError(f"{argument}: {str(source)!r} cannot be read ({error})") from error
     if known:
         return path
     folder, tables_there = path.absolute().parent, list[str]()
@@ -256,9 +256,9 @@ def _existing(source: Any) -> Place:
         tables_there = [other.name for other in folder.iterdir() if tables.is_table(other)]
     near = meant([path.name], tables_there)
     if not near and not path.suffix and path.name == str(source):
-        raise unknown_name("data", source, NAMES)
+        raise unknown_name(argument, source, NAMES)
     mend = near or f"; give a path that exists, or one of the names {', '.join(NAMES)}"
-    raise DataError(f"data: there is no file or folder {str(source)!r} (looked in {folder}){mend}")
+    raise DataError(f"{argument}: there is no file or folder {str(source)!r} (looked in {folder}){mend}")
 
 
 def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices, task: str | None) -> Dataset:

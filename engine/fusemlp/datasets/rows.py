@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fusemlp.datasets.cells import Features, Indices, different, spellings
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.load import load_labelled
+from fusemlp.datasets.load import existing, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.checks import listed
@@ -56,6 +56,7 @@ def with_files(
                 raise ArgumentError(f"{option}: {path!r} is the file of {other} too; give a file with other rows")
         earlier[f"--{option}"] = path
         notes: list[str] = []
+        existing(path, option)
         X, labels = load_labelled(path, dataset, form=form, notes=notes)
         y = _alike(path, labels, dataset)
         if dataset.task == "classification":
