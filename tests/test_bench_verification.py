@@ -191,8 +191,14 @@ def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch)
         assert judge.verdict("engine", losses, None).step == 2
 
 
-def test_scikit_learn_is_checked_on_batches_that_lack_a_class():
-    case = cases.Case((6, 5, 40), batch_size=16, steps=4)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(cases.Case((6, 5, 40), batch_size=16, steps=4), id="batches without a class"),
+        pytest.param(cases.Case((40, 60, 5), batch_size=16, steps=4, learning_rate=8.0), id="improbable labels"),
+    ],
+)
+def test_scikit_learn_is_checked(case):
     judge = verification.Judge(case)
     verdict = judge.verdict("sklearn_mlp", *verification.trajectories("sklearn_mlp", case, judge.data))
     assert verdict.agrees, verdict.reason
