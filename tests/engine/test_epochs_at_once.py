@@ -93,6 +93,17 @@ def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept():
     assert_same_state(together, apart)
 
 
+@pytest.mark.filterwarnings("ignore:y. the targets are far")
+def test_a_later_fit_that_diverges_goes_back_to_what_the_one_before_left():
+    linear = Engine(MLP([12, 1]), "mse", Adam(0.01), 8, 3, backend="numpy", precision="fp32")
+    for _ in range(2):
+        linear.fit(X, X[:, :1] * 2.0, epochs=2)
+        before = linear.state_dict()
+        with pytest.raises(DivergenceError):
+            linear.fit(X, X[:, :1] * 1e30, epochs=2)
+        assert all(np.array_equal(value, before[name]) for name, value in linear.state_dict().items())
+
+
 @pytest.mark.parametrize("key", ["Ctrl-C", "stop_training"])
 @pytest.mark.parametrize("steps", [600, 601, 6 * 700 - 1])
 def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(key, steps, monkeypatch):

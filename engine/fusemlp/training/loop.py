@@ -151,6 +151,7 @@ class EpochLoop(Generic[PolicyT]):
         Raises DivergenceError, with the engine back at the last good epoch.
         """
         engine, state, policy = self.engine, self.state, self.policy
+        good: dict[str, Any] | None = None
         # ``again``: epochs to train once more after a divergence, all of them to their end
         at_once, again, begun = self.at_once, 0, False
 
@@ -166,7 +167,7 @@ class EpochLoop(Generic[PolicyT]):
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
             memory = engine.memory
-            good = memory.mark() if policy.rewinds else None
+            good = memory.mark(good) if policy.rewinds else good
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
