@@ -191,3 +191,7 @@ def test_engines_give_back_what_they_worked_in():
     again.step(X[:16], y[:16])
     released.step(X[:16], y[:16])
     assert_same_state(released, again)
+    released.fit(X, y, epochs=1)
+    marked = [weakref.ref(array) for array in released.memory.marked.values()]
+    released.release()
+    assert marked and not any(reference() is not None for reference in marked)

@@ -124,7 +124,7 @@ class Memory:
         # the flat arrays by name
         self.arenas: dict[str, Any] = {**arenas, "grads": arenas["grads"][:size], "rates": rates}
         self.params, self.grads = self.arenas["params"], self.arenas["grads"]
-        self._marked: dict[str, Any] = {}
+        self.marked: dict[str, Any] = {}
         self.counters, self.hyper, self.stats = arenas["counters"], arenas["hyper"], arenas["stats"]
         self.rates, self.shadow = rates, arenas.get("shadow")
         self.state_names = states = [f"state{index}" for index in range(state_count)]
@@ -136,13 +136,13 @@ class Memory:
             self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
 
     def copies(self, names: Iterable[str], into: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Copies of these flat arrays on the device, in the arrays of ``into`` if given."""
-        backend, arrays = self.backend, self.arrays
-        if into is None:
-            into = {name: backend.allocate(len(arrays[name]), DTYPES.get(name, "real")) for name in names}
-        for name, copy in into.items():
-            backend.copy_into(copy, arrays[name])
-        return into
+        """Copies of these flat arrays on the device, in those of ``into`` that it has."""
+        backend, copies = self.backend, dict[str, Any]()
+        for name in names:
+            array, copy = self.arrays[name], (into or {}).get(name)
+            copies[name] = backend.allocate(len(array), DTYPES.get(name, "real")) if copy is None else copy
+            backend.copy_into(copies[name], array)
+        return copies
 
     @property
     def _changing(self) -> list[str]:
@@ -154,23 +154,15 @@ class Memory:
         """Return host copies of all that a step changes, for ``restore``."""
         return {name: self.backend.to_host(self.arrays[name]) for name in self._changing}
 
-    def remember(self) -> dict[str, Any]:
-        """Return copies of the same on the device, for ``restore``."""
-        return self.copies(self._changing)
-
     def mark(self, into: dict[str, Any] | None) -> dict[str, Any]:
-        """``remember`` in the arrays of ``into``, a mark that is overwritten.
-
-        The host's last ones serve without it: new memory costs a fit of few batches a tenth more. A card's are freed.
-        """
-        if into is None and self._marked.keys() == set(self._changing):
-            into = self._marked
-        copies = self.copies(self._changing, into)
-        self._marked = copies if self.backend.traits.on_host else {}
+        """Return copies of the same for ``restore``, in a mark ``into`` or, on the host, in the last one: new memory
+        costs a fit of few batches a tenth more."""
+        copies = self.copies(self._changing, self.marked if into is None else into)
+        self.marked = copies if self.backend.traits.on_host else {}
         return copies
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go back to a ``snapshot``, or to what was remembered."""
+        """Go back to a ``snapshot``, or to a mark."""
         for name, array in snapshot.items():
             self.backend.copy_into(self.arrays[name], array)
         self.refresh_shadow()
