@@ -196,8 +196,9 @@ FORK = f"""{PRELUDE}
 stop = False
 def train():
     other = engine()
-    while not stop:
-        other.fit(X, y, epochs=1)
+    with alone.inference.forward.turn:
+        while not stop:
+            other.fit(X, y, epochs=1)
 beside = threading.Thread(target=train)
 beside.start()
 codes = []
@@ -207,6 +208,7 @@ for _ in range(5):
     if not child:
         own = engine()
         own.fit(X, y, epochs=2)
+        alone.predict(X)
         os._exit(0 if bits(own) == bits(alone) else 1)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 stop = True
@@ -217,7 +219,7 @@ print(codes)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore")
-def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains():
+def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains_and_predicts():
     ran = python("-c", FORK, FUSEMLP_NUM_THREADS="2")
     assert ran.stdout == "[0, 0, 0, 0, 0]\n", ran.stderr
 

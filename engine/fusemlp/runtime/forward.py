@@ -1,8 +1,10 @@
 """The forward pass over any number of rows: predictions, and the loss of labelled data."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 
@@ -36,6 +38,12 @@ def member_rows(backend: Backend, rows: int, members: int) -> Any:
     return found
 
 
+# A forked process has none of the threads, and perhaps a turn that is taken for ever.
+_passes: "WeakSet[ForwardPass]" = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [vars(each).update(turn=threading.RLock()) for each in _passes])
+
+
 class ForwardPass:
     """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs, and
     ``passes`` change its programs. Threads take turns: the programs share their memory."""
@@ -43,6 +51,7 @@ class ForwardPass:
     def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None, passes: tuple[Pass, ...] = ()) -> None:
         self.net, self.scaling, self.passes = net, scaling, passes
         self.turn = threading.RLock()
+        _passes.add(self)
         # what is trained, and what the programs read
         self.trained = self.memory = memory
         if memory.averages:

@@ -362,7 +362,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
             network = settings.network(sizes, self.activation, 0.0)
             model = self._model_for(network, self._objective(self.n_outputs_).loss, False, np.random.RandomState(0), 1)
-        with model.lock:
+        with model.engine.inference.forward.turn:
             model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
             yield model
 

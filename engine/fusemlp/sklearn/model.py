@@ -6,7 +6,6 @@ reads the network without the estimator.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,8 +77,6 @@ class Model:
         self.loop_loss = replace(loss.spec(accuracy=False), reduction="mean")
         # the program of ``partial_fit``, with its inputs and batch size
         self.staged: tuple[Any, BoundProgram] | None = None
-        # held between loading parameters and predicting with them: threads share the memory
-        self.lock = threading.Lock()
 
     @classmethod
     def restored(
