@@ -5,7 +5,6 @@ import os
 import signal
 import warnings
 from dataclasses import fields
-from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -172,6 +171,13 @@ def test_arrays_of_numbers_as_programs_store_them():
     masked = classifier().fit(np.ma.array(NUMBERS, mask=mask), np.ma.array(Y, mask=mask[:, 0]))
     assert_same(masked.predict_proba(NUMBERS), classifier().fit(holes, labels).predict_proba(NUMBERS))
     assert "left out" in masked.notes_[0]
+    days = np.datetime64("2024-01-01", "ns") + np.arange(120)[:, None] * np.timedelta64(1, "D")
+    assert "dates" in classifier().fit(np.ma.array(days, mask=mask[:, :1]), Y).notes_[0]
+
+
+def test_a_column_may_have_the_name_of_a_method():
+    table = pandas.DataFrame(NUMBERS, columns=["to_frame", "collect", "c"])
+    assert classifier().fit(table, Y).preprocessor_.feature_names == ("to_frame", "collect", "c")
 
 
 def test_columns_are_chosen():
@@ -332,7 +338,7 @@ WRONG = {
     ),
     "metric": (classifier(metric="areas"), (X, Y), "metric: .*'areas'"),
     "one class": (classifier(), (X, ["a"] * 120), "target: 'y' is 'a' in all rows, which is one class"),
-    "a lazy frame": (classifier(), (SimpleNamespace(collect=X.copy), Y), "got SimpleNamespace; .*collect"),
+    "a lazy frame": (classifier(), (type("Lazy", (), {"collect": X.copy})(), Y), "got Lazy; .*collect"),
     "complex numbers": (classifier(), (X.assign(size=1j), Y), "'size' has complex numbers"),
     "no rows": (classifier(), (X[:0], Y[:0]), "y: the target is missing in all 0 rows"),
     "no label": (classifier(), (X, [None] * 120), "y: the target is missing in all 120 rows"),

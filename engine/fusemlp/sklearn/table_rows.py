@@ -31,8 +31,9 @@ def form_of(estimator: Any) -> Form:
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     """Return X as a table with names; rows may be mappings; scikit-learn's errors for other things."""
-    # some sparse matrices are mappings; a lazy frame has no rows yet
-    if (isinstance(X, Mapping | str) and not is_sparse(X)) or hasattr(X, "to_frame") or hasattr(X, "collect"):
+    # some sparse matrices are mappings; a lazy frame has no rows yet; a frame's own attributes may be its columns
+    refused = (isinstance(X, Mapping | str) and not is_sparse(X)) or hasattr(type(X), "to_frame")
+    if refused or hasattr(type(X), "collect"):
         raise ArgumentTypeError(
             f"X: expected a data frame, an array (n, columns) or rows as mappings, got {type(X).__name__}; give a "
             "single row as [{'column': value}], X.collect() of a lazy frame, and read a file first: "
@@ -82,9 +83,12 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
 
 
 def _unmasked(values: Any) -> Any:
-    """Return values with None in the place of masked ones."""
-    masked = isinstance(values, np.ma.MaskedArray)
-    return np.where(np.ma.getmaskarray(values), None, values.data) if masked else values
+    """Return values with None, or NaT, in the place of masked ones."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    # nanoseconds beside None would become integers
+    missing: Any = np.datetime64("NaT") if values.dtype.kind == "M" else None
+    return np.where(np.ma.getmaskarray(values), missing, values.data)
 
 
 def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list[str]) -> tuple[Array, Array]:
