@@ -135,7 +135,7 @@ def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
         why = reason(error)
         if "straddling" in why:
             why = "a row is longer than 4 MiB; a quote may have no end"
-        elif "end of data" in why:
+        elif isinstance(error, csv.Error) and "end of data" in why:
             why = "a quote has no end; close it, or leave it out"
         encoded = f" in {form.encoding or 'its encoding'}" if isinstance(error, UnicodeError) else ""
         raise DataError(f"{source}: expected a csv file{encoded} with a header ({why})") from error

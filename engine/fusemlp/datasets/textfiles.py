@@ -135,7 +135,7 @@ def open_text(path: Path, form: Form) -> OpenTable:
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
     if "\0" in "".join(first):
         mend = "as UTF-16 without a mark has; give --encoding utf-16-le or utf-16-be"
-        raise DataError(f"{path}: the header has zero bytes, {mend}")
+        raise DataError(f"{path}: the first line has zero bytes, {mend}")
     names, header, decimals = headed(path, first, rows, sep, form)
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
