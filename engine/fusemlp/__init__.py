@@ -204,5 +204,6 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = module.__spec__.loader_state
 
 
-if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
+# once, though a reload makes the class anew
+if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
     sys.meta_path.append(_Alias())
