@@ -326,6 +326,22 @@ def test_a_warning_of_another_thread_stays_one(monkeypatch):
     assert not raised
 
 
+def test_warnings_are_heard_after_searches_in_threads():
+    def search():
+        FleetSearchCV(MODEL, {"alpha": [0.0, 0.1, 0.2, 1.0]}, cv=3).fit(X, Y)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("ignore")
+        threads = [threading.Thread(target=search) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        warnings.simplefilter("always")
+        warnings.warn("after them", stacklevel=1)
+    assert "after them" in [str(warning.message) for warning in heard]
+
+
 def test_a_step_before_the_model_that_is_a_model(monkeypatch):
     counted = Taken(monkeypatch)
     chooser = SelectFromModel(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -49,6 +50,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_nam
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 # Bytes of transformed rows; beyond them all are dropped.
 LIMIT = 1 << 30
+# Warnings go where all threads' go: two that record them would leave each other's list there.
+_listening = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -167,7 +170,7 @@ class Candidates:
         def collect(*data: Any) -> None:
             del model._fit
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
-                with warnings.catch_warnings(record=True) as said:
+                with _listening, warnings.catch_warnings(record=True) as said:
                     # those of all threads: as errors they would end what others do
                     warnings.simplefilter("always")
                     loop = model._set_up(*data, make=self._model)
