@@ -119,7 +119,7 @@ def test_an_engine_that_leaves_biases_alone_is_caught():
     net = fusemlp.MLP(case.sizes)
     trainer.engine = fusemlp.Engine(net, optimizer=frozen, batch_size=case.batch_size, backend="numpy")
     trainer.engine.load_state_dict(state_of(data.parameters))
-    trainer.initial = trainer.engine.memory.remember()
+    trainer.initial = trainer.engine.memory.snapshot()
     assert verification.judge(verification.trajectory(trainer, case, data), expected).step == 2
 
 

@@ -51,7 +51,7 @@ class EngineTrainer:
             plan=plan,
         )
         self.engine.load_state_dict(state_of(data.parameters))
-        self.initial = self.engine.memory.remember()
+        self.initial = self.engine.memory.snapshot()
         # on a card the data stays there, as that of the peers does
         self.X, self.y = map(self.engine.memory.backend.from_host, (data.X, data.y))
 

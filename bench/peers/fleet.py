@@ -27,7 +27,7 @@ class FleetTrainer:
         )
         for index, engine in enumerate(self.fleet.engines):
             engine.load_state_dict(state_of(model_of(data.parameters, index)))
-        self.initial = [engine.memory.remember() for engine in self.fleet.engines]
+        self.initial = [engine.memory.snapshot() for engine in self.fleet.engines]
 
     @property
     def chosen(self) -> str:
