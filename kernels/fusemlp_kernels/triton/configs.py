@@ -274,7 +274,7 @@ GENERAL_ENTROPY = Tile(8, 128, 0, 8, 1, programs=2)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # The parts of a gradient of many parts are added this many at a time.
-PARTS_SWEEP = Tile(32, 128, 0, 4, 1)
+PARTS_SWEEP = Tile(64, 32, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.
 NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
 CLIP = Tile(4, 256, 0, 4, 1)
