@@ -107,7 +107,7 @@ POINTERS = {
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     **{"arrived": "i64", "copies": "fp64"},
     "ticket": "i32",
-    **{f"{name}{index}": kind for name, kind in (("w", "compute"), ("b", "fp32")) for index in range(3)},
+    "biases": "fp32",
 }
 FLOATS = ("slope", "output_slope", "keep_scale", "kept_share", "length", "eps", "low", "high", "strength")
 # Pointers whose offsets reach beyond their own memory; see ``Device.far_base``.

@@ -47,7 +47,7 @@ CASES = {
     "mse": (MLP([WIDTH, 64, CLASSES], activation="gelu"), "mse", numbers),
     "huber": (MLP([WIDTH, 9, 33, CLASSES], activation="selu", output_activation="tanh"), "huber", numbers),
     "labels": (MLP([64, 17, CLASSES], activation="leaky_relu"), "binary_cross_entropy", labels),
-    "frozen": (NET, "mae", numbers),
+    "frozen": (NET.but(activation="relu"), "mae", numbers),
 }
 
 
@@ -84,7 +84,7 @@ def test_predictions_are_one_launch_that_stores_the_outputs_alone():
 
 @interpreted
 @pytest.mark.parametrize("case", ["entropy", "labels"])
-def test_a_fit_is_that_of_the_calls_one_by_one(case):
+def test_an_interpreted_fit_is_that_of_the_calls_one_by_one(case):
     """The rows of the batches are gathered, the last batch is short; hits are counted."""
     net, loss, y = CASES[case]
     x = X if net.sizes[0] == WIDTH else rng.standard_normal((ROWS, net.sizes[0])).astype(np.float32)
@@ -101,13 +101,15 @@ def test_a_fit_is_that_of_the_calls_one_by_one(case):
 
 
 @interpreted
-def test_nan_in_a_row_goes_where_the_calls_bring_it():
-    found = []
+@pytest.mark.parametrize("loss", contract.LOSSES)
+def test_an_interpreted_nan_goes_where_the_calls_bring_it(loss):
+    """The narrow kernel reads off relu's outputs that a unit is off, and leaves NaN to dz."""
+    found, y = [], classes if loss == "cross_entropy" else labels
     for plan in ("narrow", "eager"):
-        engine = engine_of(MLP([WIDTH, 18, CLASSES], activation="relu"), "mse", plan)
+        engine = engine_of(MLP([WIDTH, 18, CLASSES], activation="relu"), loss, plan)
         x = X[:BATCH].copy()
         x[33, 4] = np.nan
-        engine.step(x, numbers[:BATCH])
+        engine.step(x, y[:BATCH])
         found.append(np.isnan(engine.memory.snapshot()["params"]))
     np.testing.assert_array_equal(*found)
     assert found[0].any()
@@ -177,6 +179,25 @@ def test_a_call_of_too_few_or_too_many_layers_is_refused(sizes):
     kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
     with pytest.raises(fusemlp.ArgumentError, match="train_narrow: layers: expected 1 to 2 hidden layers"):
         kernels.bind("train_narrow", **narrow_call(kernels, *sizes))
+
+
+@interpreted
+def test_a_call_of_more_rows_than_the_kernel_counts_is_refused():
+    kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
+    operands = narrow_call(kernels, 4, 5, 3)
+    for name in ("x", "target"):
+        operands[name] = operands[name][:1].expand((1 << 30) + 1, -1)
+    with pytest.raises(fusemlp.ArgumentError, match=r"train_narrow: x: expected at most 2\*\*30 rows"):
+        kernels.bind("train_narrow", **operands)
+
+
+@interpreted
+def test_layers_that_do_not_fit_together_are_refused():
+    kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
+    operands = narrow_call(kernels, 4, 5, 3)
+    operands["layers"][1] = narrow_call(kernels, 6, 3)["layers"][0]
+    with pytest.raises(fusemlp.ArgumentError, match=r"layers\[1\]: w: expected 5 columns, as the layers have, got 6"):
+        kernels.bind("train_narrow", **operands)
 
 
 REFUSED = {

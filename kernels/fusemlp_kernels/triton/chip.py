@@ -32,9 +32,11 @@ from fusemlp_kernels.triton.narrow import (
     UNITS,
     affine,
     back,
+    biases_of,
     elements,
     entropy,
     hidden,
+    inputs_of,
     outer,
     weights_of,
 )
@@ -65,7 +67,7 @@ from fusemlp_kernels.triton.resident_layers import (
     batch_at,
     number,
 )
-from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width, row_pitch
+from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width
 
 # Elements of a bias, no fewer than threads: of a shorter tensor Triton loads elements twice (``resident_layers``).
 VECTOR: tl.constexpr = tl.constexpr(64)
@@ -148,13 +150,12 @@ def gradients_of_batch(
     output = table + SUM_COLUMNS
     K, H, N = number(table, INPUTS), number(table, UNITS), number(output, UNITS)
     slope, output_slope = tl.load(shares + FIXED_SLOPE), tl.load(shares + SHARE_COLUMNS + FIXED_SLOPE)
-    at_m, at_k, at_n, at_h = tl.arange(0, BM), tl.arange(0, FIRST), tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
+    at_m, at_n, at_h = tl.arange(0, BM), tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
     ignored = ignored_label(ignored_low, ignored_high)
     source = batch_rows(batch, at_m, count, 1).to(tl.int32)
     valid = source >= 0
     source = tl.maximum(source, 0).to(tl.int64)
-    x_at = x + source[:, None] * row_pitch(x_row, True) + at_k[None, :]
-    x_tile = tl.trans(tl.load(x_at, mask=valid[:, None] & (at_k < masked_width(K, True))[None, :], other=0.0))
+    x_tile = tl.trans(inputs_of(x, source, valid, K, x_row, FIRST))
     label, t = source, x_tile
     if LOSS != CROSS_ENTROPY or SOFT:
         t_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
@@ -165,10 +166,9 @@ def gradients_of_batch(
     weight_of = tl.where(valid, 1.0, 0.0)
     if WEIGHTED:
         weight_of = tl.load(weight + source * weight_step, mask=valid, other=0.0)
-    w2 = weights_of(weights + whole(tl.load(output + DW), True), output, OUTPUTS, WIDTH)
-    w0 = weights_of(weights + whole(tl.load(table + DW), True), table, WIDTH, FIRST)
-    h, before = hidden(w0, x_tile, params + tl.load(table + DB), table, slope, ACTIVATION, PRODUCT)
-    z = tl.where(valid[None, :], affine(w2, h, params + tl.load(output + DB), output, PRODUCT), 0.0)
+    w2, w0 = weights_of(weights, output, OUTPUTS, WIDTH), weights_of(weights, table, WIDTH, FIRST)
+    h, before = hidden(w0, x_tile, -biases_of(params, table, WIDTH), slope, ACTIVATION, PRODUCT)
+    z = tl.where(valid[None, :], affine(w2, h, -biases_of(params, output, OUTPUTS), PRODUCT), 0.0)
     mean, eps, option = tl.load(settings + MEAN) != 0.0, tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
     counts = valid
     if LOSS == CROSS_ENTROPY and not SOFT:
@@ -185,10 +185,10 @@ def gradients_of_batch(
     exists = normaliser != 0.0
     dz *= tl.where(mean, tl.where(exists, 1.0 / tl.where(exists, normaliser, 1.0), 0.0), 1.0).to(tl.float32)
     rounded = dz.to(x.dtype.element_ty)
-    dh, exact = back(w2, rounded, before, slope, ACTIVATION, PRODUCT)
+    dh, db = back(w2, rounded, before, slope, ACTIVATION, PRODUCT)
     store_gradients(outer(tl.zeros((OUTPUTS, WIDTH), tl.float32), rounded, h, PRODUCT), grads, output)
     tl.store(grads + tl.load(output + DB) + at_n, tl.sum(dz, axis=1), mask=at_n < N)
-    tl.store(grads + tl.load(table + DB) + at_h, tl.sum(exact, axis=1), mask=at_h < H)
+    tl.store(grads + tl.load(table + DB) + at_h, db, mask=at_h < H)
     store_gradients(outer(tl.zeros((WIDTH, FIRST), tl.float32), dh, x_tile, PRODUCT), grads, table)
     asked = tl.sum(counts.to(tl.int32))
     if LOSS == BINARY_CROSS_ENTROPY:
@@ -232,7 +232,7 @@ def chip_kernel(
 
 def sums_table(layers: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the kernel's ``table`` for the rows of ``layers``."""
-    return [[*(row[field.value] for field in (LAYER_K, LAYER_N, W, B)), 0] for row in layers]
+    return [[*(row[field.value] for field in (LAYER_K, LAYER_N, W, B, W, B)), 0] for row in layers]
 
 
 def chip_constants(

@@ -287,6 +287,8 @@ NARROW = {
     # no fp16, whose gradients carry the loss scale
     "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1, programs=2)),
 }
+# The most hidden layers: the sums of the gradients of more do not fit the registers.
+NARROW_LAYERS = 2
 # Of ``chip_kernel``, by family: the most rows of a batch and units of a layer, and the widths at the ends.
 CHIP = {
     family: ResidentTile(32, 32, 0, 2, 1, outputs=16, inputs=64, units=32, programs=4)

@@ -5,13 +5,12 @@ A program takes every ``programs``-th tile of BM rows. Activations and dz stay o
 registers from the first tile to the last, and each program stores its own. The next launch, ``update``, adds
 them in the order of the programs, so that all runs have the same bits.
 
-The hidden layers, ``LAYERS`` of them, have one activation and fill tiles of one width; w0 and w1 are their weights, and
-w2 those of the output layer. Padded columns hold the activation of zero, which meets zeros of the next layer's weights.
+The hidden layers, ``LAYERS`` of them, have one activation and fill tiles of one width. Padded columns hold the
+activation of zero, which meets zeros of the next layer's weights. A table names the places of each layer's tensors.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,6 @@ from fusemlp_kernels.triton.layers import arguments_of, loss_settings, target_ar
 from fusemlp_kernels.triton.loss import (
     CHUNK,
     OPTION,
-    PARTIALS,
     SMOOTHING,
     account,
     finish_loss,
@@ -42,58 +40,100 @@ from fusemlp_kernels.triton.loss import (
 from fusemlp_kernels.triton.pointwise_triton import (
     BINARY_CROSS_ENTROPY,
     CROSS_ENTROPY,
+    RELU,
     activate,
     derivative,
     element_loss,
     needs_z,
 )
-from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width, product, row_pitch, this_batch, whole_sum
+from fusemlp_kernels.triton.tiles import kernel, masked_width, product, row_pitch, this_batch, whole_sum
 
-# A row of the table of layers, int64: widths, the places of the gradients in ``grads``, -1 for a frozen tensor, and 0.
-LAYER_FIELDS = ("inputs", "units", "dw", "db", "zero")
-INPUTS, UNITS, DW, DB, ZERO = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))
+# A row of the table of layers, int64: widths, the places of w, b and of the gradients, -1 for a frozen tensor's, and 0.
+LAYER_FIELDS = ("inputs", "units", "w", "b", "dw", "db", "zero")
+INPUTS, UNITS, W, B, DW, DB, ZERO = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))
 LAYER_COLUMNS: tl.constexpr = tl.constexpr(len(LAYER_FIELDS))
-MOST_LAYERS: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def weights_of(w, layer, ROWS: tl.constexpr, COLS: tl.constexpr):
+def weights_of(weights, layer, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the weights of a layer in a tile (ROWS, COLS), zero outside; ``layer`` is its row of the table."""
     at_n, at_k = tl.arange(0, ROWS), tl.arange(0, COLS)
     pitch, N = masked_width(tl.load(layer + INPUTS).to(tl.int32), True), tl.load(layer + UNITS).to(tl.int32)
     mask = (at_n < N)[:, None] & (at_k < pitch)[None, :]
+    w = weights + whole(tl.load(layer + W), True)
     return tl.load(w + at_n[:, None] * pitch + at_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def affine(w, x, b, layer, PRODUCT: tl.constexpr):
-    """Return z = w @ x + b, float32; ``layer`` is its row of the table."""
-    at_n = tl.arange(0, w.shape[0])
+def biases_of(biases, layer, ROWS: tl.constexpr):
+    """Return the biases of a layer, zero outside; ``layer`` is its row of the table."""
+    at_n = tl.arange(0, ROWS)
+    return tl.load(biases + tl.load(layer + B) + at_n, mask=at_n < tl.load(layer + UNITS), other=0.0)
+
+
+@triton.jit
+def layers_of(
+    weights, biases, layers,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, LAYERS: tl.constexpr,
+):  # fmt: skip
+    """Return the weights of all layers from the first to the output layer, and -1 times their biases.
+
+    Triton makes an addend the first value of a product, in registers that it writes between wgmma's fence and wgmma.
+    """
+    w, minus = (weights_of(weights, layers, WIDTH, FIRST),), (-biases_of(biases, layers, WIDTH),)
+    for layer in tl.static_range(1, LAYERS + 1):
+        row = layers + layer * LAYER_COLUMNS
+        w += (weights_of(weights, row, OUTPUTS if layer == LAYERS else WIDTH, WIDTH),)  # type: ignore[assignment]
+        minus += (-biases_of(biases, row, OUTPUTS if layer == LAYERS else WIDTH),)  # type: ignore[assignment]
+    return w, minus
+
+
+@triton.jit
+def affine(w, x, minus, PRODUCT: tl.constexpr):
+    """Return z = w @ x - minus, float32."""
     z, rest = tl.zeros((w.shape[0], x.shape[1]), tl.float32), tl.zeros((w.shape[0], x.shape[1]), tl.float32)
     z, rest = product(w, x, z, rest, PRODUCT)
-    # Triton makes a sum the first value of the product, in registers that it writes between wgmma's fence and wgmma
-    minus = -tl.load(b + at_n, mask=at_n < tl.load(layer + UNITS), other=0.0)
     return whole_sum(z, rest, PRODUCT) - minus[:, None]
 
 
 @triton.jit
-def hidden(w, x, b, layer, slope, ACTIVATION: tl.constexpr, PRODUCT: tl.constexpr):
-    """Return a hidden layer's outputs, of x's type, and the values that give its derivative, float32."""
-    z = affine(w, x, b, layer, PRODUCT)
-    y = activate(z, ACTIVATION, slope)
+def packed(v, dtype: tl.constexpr):
+    """Return v in a type, bfloat16 two in a register. Without the move LLVM keeps v itself until it is read again."""
+    v = v.to(dtype)
+    if dtype == tl.bfloat16:
+        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return v
+
+
+@triton.jit
+def hidden(w, x, minus, slope, ACTIVATION: tl.constexpr, PRODUCT: tl.constexpr):
+    """Return a hidden layer's outputs, and the values that give its derivative, of x's type."""
+    z = affine(w, x, minus, PRODUCT)
+    if ACTIVATION == RELU:
+        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        y = activate(z, ACTIVATION, slope)
+    y = packed(y, x.dtype)
     v = y
     if needs_z(ACTIVATION):
-        v = z
-    return y.to(x.dtype), v
+        v = packed(z, x.dtype)
+    return y, v
 
 
 @triton.jit
 def back(w, dz, v, slope, ACTIVATION: tl.constexpr, PRODUCT: tl.constexpr):
-    """Return dz of the layer below from dz of a layer, of dz's type and in float32; see ``hidden`` for v."""
+    """Return dz of the layer below from dz of a layer, of dz's type, and db; see ``hidden`` for v."""
     acc, rest = tl.zeros((w.shape[1], dz.shape[1]), tl.float32), tl.zeros((w.shape[1], dz.shape[1]), tl.float32)
     acc, rest = product(tl.trans(w), dz, acc, rest, PRODUCT)
-    below = whole_sum(acc, rest, PRODUCT) * derivative(v, ACTIVATION, slope)
-    return below.to(dz.dtype), below
+    below = whole_sum(acc, rest, PRODUCT)
+    if ACTIVATION == RELU:
+        # where v is NaN, so are the row's loss and this sum
+        below = tl.where(v <= 0, 0.0, below)
+        dz = below.to(dz.dtype)
+    else:
+        dz = packed(below * derivative(v.to(tl.float32), ACTIVATION, slope), dz.dtype)
+        below = dz.to(tl.float32)
+    return dz, tl.sum(below, axis=1)
 
 
 @triton.jit
@@ -104,8 +144,9 @@ def outer(dw, dz, x, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def store_sums(dw, db, grads, layer):
-    """Store a program's gradients of a layer, with zeros between the rows; those of a frozen tensor have no place.
+def store_sums(dw, db, scale, grads, layer):
+    """Store a program's gradients of a layer, ``scale`` times its sums, with zeros between the rows; those of a frozen
+    tensor have no place.
 
     The table is read again, and the zero in it counts: the indices of the weights would fill registers in the loop.
     """
@@ -116,8 +157,8 @@ def store_sums(dw, db, grads, layer):
     pitch = masked_width(K, True)
     mask = tl.where(dw_place >= 0, (at_n < N)[:, None] & (at_k < pitch)[None, :], False)
     dw_at = grads + whole(dw_place, True) + at_n[:, None] * pitch + at_k[None, :]
-    tl.store(dw_at, tl.where((at_k < K)[None, :], dw, 0.0), mask=mask)
-    tl.store(grads + db_place + at_n, db, mask=tl.where(db_place >= 0, at_n < N, False))
+    tl.store(dw_at, tl.where((at_k < K)[None, :], dw * scale, 0.0), mask=mask)
+    tl.store(grads + db_place + at_n, db * scale, mask=tl.where(db_place >= 0, at_n < N, False))
 
 
 @triton.jit
@@ -133,7 +174,7 @@ def entropy(
 ):  # fmt: skip
     """Return dz of a cross-entropy of logits z, and the loss and the right answers of each row of the batch; see
     ``loss.loss_of_rows``."""
-    named = (at_n < N)[:, None]
+    named, label = (at_n < N)[:, None], label.to(tl.int32)
     if SOFT:
         t = targets
     else:
@@ -145,10 +186,12 @@ def entropy(
     largest = tl.max(logits, axis=0)
     shifted = tl.where(named, z - largest[None, :], 0.0)
     e = tl.where(named, tl.exp(shifted), 0.0)
-    total, mass = tl.sum(e, axis=0), tl.sum(q, axis=0)
-    right = tl.zeros_like(counts.to(tl.int32))
+    total, mass = tl.sum(e, axis=0), weights
+    if SOFT or CLASSES:
+        mass = tl.sum(q, axis=0)
+    right = tl.zeros_like(label)
     if ACCURACY:
-        meant = label.to(tl.int32)
+        meant = label
         if SOFT:
             meant = first_of(targets, tl.max(targets, axis=0), at_n, N)
         right = (counts & (first_of(logits, largest, at_n, N) == meant)).to(tl.int32)
@@ -161,7 +204,7 @@ def elements(
 ):
     """Return dz of an element-wise loss of pre-activations z, and the loss and the right answers of each row of the
     batch; see ``loss.loss_of_rows``."""
-    named = (at_n < N)[:, None]
+    named, z = (at_n < N)[:, None], tl.where(counts[None, :], z, 0.0)
     y = activate(z, ACTIVATION, slope)
     value, by_y = element_loss(y, t, LOSS, option)
     v = y
@@ -180,9 +223,44 @@ def elements(
     return tl.where(named, by_y, 0.0), tl.sum(tl.where(named, value * weights[None, :], 0.0), axis=0), right
 
 
+@triton.jit
+def rows_from(rows, at, count, GATHER: tl.constexpr):
+    """Return the rows of data at places of the batch, 0 for those from ``count`` on; in 32 bits, to save registers."""
+    source = at
+    if GATHER:
+        source = tl.load(rows + at, mask=at < count, other=0).to(tl.int32)
+    return source
+
+
+@triton.jit
+def inputs_of(x, source, valid, K, x_row, FIRST: tl.constexpr):
+    """Return the inputs of rows of data in a tile with FIRST columns, zeros where they are not ``valid``."""
+    at_k = tl.arange(0, FIRST)
+    x_at = x + source[:, None] * row_pitch(x_row, True) + at_k[None, :]
+    return tl.load(x_at, mask=valid[:, None] & (at_k < masked_width(K, True))[None, :], other=0.0)
+
+
+@triton.jit
+def examples(
+    data, source, valid, at_n, K, N, FIRST: tl.constexpr, LOSS: tl.constexpr, SOFT: tl.constexpr, WEIGHTED: tl.constexpr
+):
+    """Return the inputs, labels, targets and weights of rows of data as they lie in memory; nothing waits for them."""
+    x, labels, target, weight, x_row, label_step, target_row, weight_step = data
+    inputs = inputs_of(x, source, valid, K, x_row, FIRST)
+    label, targets, shares = inputs, inputs, inputs
+    if WEIGHTED:
+        shares = tl.load(weight + source.to(tl.int64) * weight_step, mask=valid, other=0.0)
+    if LOSS != CROSS_ENTROPY or SOFT:
+        t_at = target + source[:, None] * row_pitch(target_row, True) + at_n[None, :]
+        targets = tl.load(t_at, mask=valid[:, None] & (at_n < N)[None, :], other=0.0)
+    else:
+        label = tl.load(labels + source.to(tl.int64) * label_step, mask=valid, other=-1)
+    return inputs, label, targets, shares
+
+
 @kernel(numbers_from="M")
 def narrow_kernel(
-    x, w0, w1, w2, b0, b1, b2, grads, layers, rows, labels, target, weight,
+    x, weights, biases, grads, layers, rows, labels, target, weight,
     class_weight, dslope, stats, settings, hyper, counters, partials, ticket,
     M, x_row, label_step, target_row, weight_step, part,
     slope, output_slope, ignored_low, ignored_high, programs,
@@ -192,106 +270,100 @@ def narrow_kernel(
 ):  # fmt: skip
     """The loss of the batch in ``stats``; and in ``part`` elements a program, each program's sums of the gradients."""
     program = tl.program_id(0)
-    second, output = layers + LAYER_COLUMNS, layers + LAYERS * LAYER_COLUMNS
+    output = layers + LAYERS * LAYER_COLUMNS
     K, N = tl.load(layers + INPUTS).to(tl.int32), tl.load(output + UNITS).to(tl.int32)
     count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
     rows = this_batch(rows, counters, GATHER)
+    eps, option = tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
+    at_m, at_n = tl.arange(0, BM), tl.arange(0, OUTPUTS)
+    w, minus = layers_of(weights, biases, layers, FIRST, WIDTH, OUTPUTS, LAYERS)
+    # of the output layer first
+    sums, bias_sums = (tl.zeros((OUTPUTS, WIDTH), tl.float32),), (tl.zeros((OUTPUTS, BM), tl.float32),)
+    for layer in tl.static_range(LAYERS):
+        sums += (tl.zeros((WIDTH, FIRST if layer == LAYERS - 1 else WIDTH), tl.float32),)  # type: ignore[assignment]
+        bias_sums += (tl.zeros((WIDTH,), tl.float32),)  # type: ignore[assignment]
+    losses = tl.zeros((BM,), tl.float32)
+    right, scored = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    source = rows_from(rows, program * BM + at_m, count, GATHER)
+    data = x, labels, target, weight, x_row, label_step, target_row, weight_step
+    following = examples(data, source, program * BM + at_m < count, at_n, K, N, FIRST, LOSS, SOFT, WEIGHTED)
+    # the row numbers of a tile are loaded two tiles before it, and what it reads one tile before
+    source = rows_from(rows, (program + programs) * BM + at_m, count, GATHER)
+    for tile in range(program, tl.cdiv(count, BM), programs):
+        x_tile, label, t, shares = following
+        x_tile = tl.trans(x_tile)
+        counts = tile * BM + at_m < count
+        ahead = (tile + programs) * BM + at_m < count
+        following = examples(data, source, ahead, at_n, K, N, FIRST, LOSS, SOFT, WEIGHTED)
+        source = rows_from(rows, (tile + 2 * programs) * BM + at_m, count, GATHER)
+        # the inputs of each layer, and what gives the derivative of the layer below
+        inputs, kept = (x_tile,), (x_tile,)
+        for layer in tl.static_range(LAYERS):
+            h, v = hidden(w[layer], inputs[layer], minus[layer], slope, ACTIVATION, PRODUCT)
+            inputs += (h,)  # type: ignore[assignment]
+            kept += (v,)  # type: ignore[assignment]
+        z = affine(w[LAYERS], inputs[LAYERS], minus[LAYERS], PRODUCT)
+        if LOSS != CROSS_ENTROPY or SOFT:
+            t, label = tl.trans(t), at_m
+        else:
+            counts = (label >= 0) & (label < N) & (label != ignored)
+        if WEIGHTED:
+            shares = tl.where(counts, shares, 0.0)
+        else:
+            shares = tl.where(counts, 1.0, 0.0)
+        if LOSS == CROSS_ENTROPY:
+            dz, loss, hits = entropy(z, at_n, label, t, counts, shares, class_weight, eps, N, SOFT, CLASSES, ACCURACY)
+        else:
+            dz, loss, hits = elements(z, t, at_n, counts, shares, output_slope, option, N, LOSS, OUTPUT, ACCURACY)
+        losses += loss
+        if ACCURACY:
+            # one sum of both, in halves of a number
+            both = tl.sum(hits + (counts.to(tl.int32) << 16))
+            right += both & 65535
+            scored += both >> 16
+        bias_added = (bias_sums[0] + dz,)
+        dz = dz.to(x.dtype.element_ty)
+        added = (outer(sums[0], dz, inputs[LAYERS], PRODUCT),)
+        for down in tl.static_range(1, LAYERS + 1):
+            dz, db = back(w[LAYERS + 1 - down], dz, kept[LAYERS + 1 - down], slope, ACTIVATION, PRODUCT)
+            bias_added += (bias_sums[down] + db,)  # type: ignore[assignment]
+            added += (outer(sums[down], dz, inputs[LAYERS - down], PRODUCT),)  # type: ignore[assignment]
+        sums, bias_sums = added, bias_added
+    # the loop has no register for it
     normaliser = normaliser_of(
         rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, GATHER, CHUNK
     )
     scale = stored_scale(hyper, normaliser, settings, 0)
-    # read again after the loop, which has no register for it
-    tl.store(partials + programs * PARTIALS + program, normaliser)
-    tl.debug_barrier()
-    eps, option = tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
-    at_k, at_n = tl.arange(0, FIRST), tl.arange(0, OUTPUTS)
-    inside = at_k < masked_width(K, True)
-    v0, v1 = weights_of(w0, layers, WIDTH, FIRST), weights_of(w1, second, WIDTH, WIDTH)
-    v2 = weights_of(w2, output, OUTPUTS, WIDTH)
-    sum0, bias0 = tl.zeros((WIDTH, FIRST), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    sum1, bias1 = tl.zeros((WIDTH, WIDTH), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    sum2, bias2 = tl.zeros((OUTPUTS, WIDTH), tl.float32), tl.zeros((OUTPUTS, BM), tl.float32)
-    losses = tl.zeros((BM,), tl.float32)
-    right, scored = tl.zeros((BM,), tl.int32), tl.zeros((BM,), tl.int32)
-    for tile in range(program, tl.cdiv(count, BM), programs):
-        at_m = tile * BM + tl.arange(0, BM)
-        source = batch_rows(rows, at_m, count, GATHER)
-        valid = source >= 0
-        source = tl.where(valid, source, 0)
-        x_at = x + source[:, None] * row_pitch(x_row, True) + at_k[None, :]
-        x_tile = tl.trans(tl.load(x_at, mask=valid[:, None] & inside[None, :], other=0.0))
-        label, t = source, x_tile
-        if LOSS != CROSS_ENTROPY or SOFT:
-            t_at = target + source[:, None] * row_pitch(target_row, True) + at_n[None, :]
-            t = tl.trans(tl.load(t_at, mask=valid[:, None] & (at_n < N)[None, :], other=0.0))
-        else:
-            label = tl.load(labels + source * label_step, mask=valid, other=-1)
-        weights = tl.where(valid, 1.0, 0.0)
-        if WEIGHTED:
-            weights = tl.load(weight + source * weight_step, mask=valid, other=0.0)
-        h1, z1 = hidden(v0, x_tile, b0, layers, slope, ACTIVATION, PRODUCT)
-        last, before = h1, z1
-        if LAYERS > 1:
-            last, before = hidden(v1, h1, b1, second, slope, ACTIVATION, PRODUCT)
-        z = tl.where(valid[None, :], affine(v2, last, b2, output, PRODUCT), 0.0)
-        counts = valid
-        if LOSS == CROSS_ENTROPY and not SOFT:
-            counts = (label >= 0) & (label < N) & (label != ignored)
-            weights = tl.where(counts, weights, 0.0)
-        if LOSS == CROSS_ENTROPY:
-            dz, loss, hits = entropy(z, at_n, label, t, counts, weights, class_weight, eps, N, SOFT, CLASSES, ACCURACY)
-        else:
-            dz, loss, hits = elements(z, t, at_n, counts, weights, output_slope, option, N, LOSS, OUTPUT, ACCURACY)
-        dz *= scale
-        losses += loss
-        if ACCURACY:
-            right += hits
-            scored += counts.to(tl.int32)
-        bias2 += dz
-        dz = dz.to(x.dtype.element_ty)
-        sum2 = outer(sum2, dz, last, PRODUCT)
-        dh, exact = back(v2, dz, before, slope, ACTIVATION, PRODUCT)
-        if LAYERS > 1:
-            sum1, bias1 = outer(sum1, dh, h1, PRODUCT), bias1 + tl.sum(exact, axis=1)
-            dh, exact = back(v1, dh, z1, slope, ACTIVATION, PRODUCT)
-        sum0, bias0 = outer(sum0, dh, x_tile, PRODUCT), bias0 + tl.sum(exact, axis=1)
     grads += program.to(tl.int64) * (part // 8 * 8)
-    store_sums(sum0, bias0, grads, layers)
-    if LAYERS > 1:
-        store_sums(sum1, bias1, grads, second)
-    store_sums(sum2, tl.sum(bias2, axis=1), grads, output)
-    asked = tl.sum(scored)
+    store_sums(sums[0], tl.sum(bias_sums[0], axis=1), scale, grads, output)
+    for down in tl.static_range(1, LAYERS + 1):
+        store_sums(sums[down], bias_sums[down], scale, grads, output - down * LAYER_COLUMNS)
     if LOSS == BINARY_CROSS_ENTROPY:
-        asked = asked * N
-    normaliser = tl.load(partials + programs * PARTIALS + program, volatile=True)
+        scored = scored * N
     finish_loss(
-        tl.sum(losses.to(tl.float64)), tl.sum(right), asked, tl.full((), 0.0, tl.float32), partials, ticket, stats,
+        tl.sum(losses.to(tl.float64)), right, scored, tl.full((), 0.0, tl.float32), partials, ticket, stats,
         dslope, account(stats, settings), normaliser, program, programs,
     )  # fmt: skip
 
 
 @kernel(numbers_from="M")
 def predict_narrow_kernel(
-    x, w0, w1, w2, b0, b1, b2, layers, y,
+    x, weights, biases, layers, y,
     M, x_row, y_row, slope, output_slope, programs,
     BM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, LAYERS: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """The outputs y (M, N) of x (M, K)."""
-    second, output = layers + LAYER_COLUMNS, layers + LAYERS * LAYER_COLUMNS
-    N, pitch = tl.load(output + UNITS).to(tl.int32), masked_width(tl.load(layers + INPUTS).to(tl.int32), True)
-    at_k, at_n = tl.arange(0, FIRST), tl.arange(0, OUTPUTS)
-    v0, v1 = weights_of(w0, layers, WIDTH, FIRST), weights_of(w1, second, WIDTH, WIDTH)
-    v2 = weights_of(w2, output, OUTPUTS, WIDTH)
+    K, N = tl.load(layers + INPUTS).to(tl.int32), tl.load(layers + LAYERS * LAYER_COLUMNS + UNITS).to(tl.int32)
+    at_n = tl.arange(0, OUTPUTS)
+    w, minus = layers_of(weights, biases, layers, FIRST, WIDTH, OUTPUTS, LAYERS)
     for tile in range(tl.program_id(0), tl.cdiv(M, BM), programs):
         at_m = tile * BM + tl.arange(0, BM)
-        x_at = x + at_m[:, None] * row_pitch(x_row, True) + at_k[None, :]
-        inputs = tl.load(x_at, mask=(at_m < M)[:, None] & (at_k < pitch)[None, :], other=0.0)
-        h, _ = hidden(v0, tl.trans(inputs), b0, layers, slope, ACTIVATION, PRODUCT)
-        if LAYERS > 1:
-            h, _ = hidden(v1, h, b1, second, slope, ACTIVATION, PRODUCT)
-        outputs = tl.trans(activate(affine(v2, h, b2, output, PRODUCT), OUTPUT, output_slope))
+        h = tl.trans(inputs_of(x, at_m, at_m < M, K, x_row, FIRST))
+        for layer in tl.static_range(LAYERS):
+            h, _ = hidden(w[layer], h, minus[layer], slope, ACTIVATION, PRODUCT)
+        outputs = tl.trans(activate(affine(w[LAYERS], h, minus[LAYERS], PRODUCT), OUTPUT, output_slope))
         outputs = tl.where((at_n < N)[None, :], outputs, 0.0).to(y.dtype.element_ty)
         stored = (at_m < M)[:, None] & (at_n < masked_width(N, True))[None, :]
         tl.store(y + at_m[:, None] * row_pitch(y_row, True) + at_n[None, :], outputs, mask=stored)
@@ -305,28 +377,27 @@ def _checked(device: TritonDevice, op: str, call: SimpleNamespace, others: Mappi
         raise BackendUnavailableError(
             f"{op}: there is no kernel for {device.precision} on {device.arch.family}; run the calls one by one"
         )
-    hidden = {(layer.activation, layer.slope) for layer in layers[:-1]}
-    if not 2 <= len(layers) <= MOST_LAYERS.value + 1 or len(hidden) != 1:
+    if len({(layer.activation, layer.slope) for layer in layers[:-1]}) != 1 or len(layers) > configs.NARROW_LAYERS + 1:
         raise ArgumentError(
-            f"{op}: layers: expected 1 to {MOST_LAYERS.value} hidden layers of one activation, then an output; got "
-            f"{', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
+            f"{op}: layers: expected 1 to {configs.NARROW_LAYERS} hidden layers of one activation, then an output; "
+            f"got {', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
         )
-    if max(call.K, *(layer.N for layer in layers)) > tile.columns:
+    sizes = [layers[0].K, *(layer.N for layer in layers)]
+    if max(sizes) > tile.columns:
         raise ArgumentError(f"{op}: layers: expected at most {tile.columns} inputs and units; run the calls one by one")
-    for index, (below, above) in enumerate(itertools.pairwise(layers)):
-        if below.N != above.K:
-            raise ArgumentError(
-                f"{op}: layers[{index + 1}]: w: expected {below.N} columns, as layer {index} has outputs, got {above.K}"
-            )
-    matrices = {"x": call.x, **others}
-    for name, matrix in matrices.items():
-        width = layers[0].K if name == "x" else layers[-1].N
-        if matrix.shape[1] != width:
-            raise ArgumentError(f"{op}: {name}: expected {width} columns, as the layers have, got {matrix.shape[1]}")
-    matrices |= {f"layers[{index}]: {name}": matrix for index, layer in enumerate(layers) for name in ("w", "dw")
-                 if (matrix := getattr(layer, name, None)) is not None}  # fmt: skip
-    for name, matrix in matrices.items():
+    # the kernel counts rows in 32 bits
+    if max(len(call.x), call.M) > 1 << 30:
+        raise ArgumentError(
+            f"{op}: x: expected at most 2**30 rows of data and of a batch, got {len(call.x)} and {call.M}; "
+            "run the calls one by one, as the plan 'graph' does"
+        )
+    matrices = [("x", call.x, sizes[0]), *((name, matrix, sizes[-1]) for name, matrix in others.items())]
+    matrices += [(f"layers[{index}]: {name}", matrix, sizes[index]) for index, layer in enumerate(layers)
+                 for name in ("w", "dw") if (matrix := getattr(layer, name, None)) is not None]  # fmt: skip
+    for name, matrix, width in matrices:
         rows, columns = matrix.shape
+        if columns != width:
+            raise ArgumentError(f"{op}: {name}: expected {width} columns, as the layers have, got {columns}")
         dense = ":" not in name or rows <= 1 or matrix.stride(0) == -(-columns // 8) * 8
         if not (is_aligned(matrix) and dense):
             raise ArgumentError(
@@ -336,31 +407,29 @@ def _checked(device: TritonDevice, op: str, call: SimpleNamespace, others: Mappi
     return tile
 
 
-def _table(layers: Sequence[Any], base: Tensor) -> list[list[int]]:
-    """The rows of ``LAYER_FIELDS``."""
+def _of_layers(device: TritonDevice, op: str, layers: Sequence[Any]) -> dict[str, Any]:
+    """The kernels' arguments for the layers: the first tensor of each kind, and a table of ``LAYER_FIELDS``."""
+    kinds = {"weights": ("w",), "biases": ("b",), "grads": ("dw", "db")}
+    first, of_kind = {}, {name: kind for kind, names in kinds.items() for name in names}
+    for kind, names in kinds.items():
+        tensors = [tensor for layer in layers for name in names if (tensor := getattr(layer, name, None)) is not None]
+        first[kind] = min(tensors, key=lambda tensor: tensor.data_ptr(), default=device.zeros(8, "real"))
 
-    def place(gradient: Tensor | None) -> int:
-        if gradient is None:
+    def place(name: str, tensor: Tensor | None) -> int:
+        if tensor is None:
             return -1
-        element = (gradient.data_ptr() - base.data_ptr()) // gradient.element_size()
-        if gradient.ndim == 2 and element % 8:
+        element = (tensor.data_ptr() - first[of_kind[name]].data_ptr()) // tensor.element_size()
+        if tensor.ndim == 2 and element % 8:
             raise ArgumentError(
-                f"train_narrow: layers: dw: expected a multiple of 8 elements from the first one on, got {element}"
+                f"{op}: layers: {name}: expected a multiple of 8 elements from the first one on, got {element}"
             )
         return element
 
-    return [[one.K, one.N, *(place(getattr(one, name, None)) for name in ("dw", "db")), 0] for one in layers]
-
-
-def _of_layers(device: TritonDevice, layers: Sequence[Any], base: Tensor) -> dict[str, Any]:
-    """The kernels' arguments for the layers, whose gradients are found from ``base``."""
+    table = [[layer.K, layer.N, *(place(name, getattr(layer, name, None)) for name in of_kind), 0] for layer in layers]
     hidden, output = layers[0], layers[-1]
-    # of the layers that there are not, those of the first
-    filled = [*layers[:-1], *[hidden] * (MOST_LAYERS.value + 1 - len(layers)), output]
     return {
-        **{f"{name}{index}": getattr(one, name) for index, one in enumerate(filled) for name in "wb"},
-        "layers": device.numbers(_table(layers, base), "int64"),
-        "slope": float(hidden.slope), "output_slope": float(output.slope),
+        **{kind: device.far_base(tensor) for kind, tensor in first.items()},
+        "layers": device.numbers(table, "int64"), "slope": float(hidden.slope), "output_slope": float(output.slope),
     }  # fmt: skip
 
 
@@ -378,14 +447,10 @@ def bind_train_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
     layers, loss = call.layers, call.loss
     tile = _checked(device, "train_narrow", call, {"target": call.target} if call.target.ndim == 2 else {})
     call.N = layers[-1].N
-    gradients = [gradient for one in layers for gradient in (one.dw, one.db) if gradient is not None]
-    spare = device.zeros(8, "real")
-    base = min(gradients, key=lambda gradient: gradient.data_ptr(), default=spare)
     arguments = arguments_of(
-        device, narrow_kernel, call, **target_arguments(device, call), dslope=spare, hyper=None,
-        grads=device.far_base(base), settings=device.numbers(loss_settings(loss, call), "real"),
-        partials=device.zeros(5 * call.parts, "float64"), ticket=device.zeros(1, "int32"), programs=call.parts,
-        **_of_layers(device, layers, base),
+        device, narrow_kernel, call, **target_arguments(device, call), dslope=device.zeros(1, "real"), hyper=None,
+        settings=device.numbers(loss_settings(loss, call), "real"), partials=device.zeros(5 * call.parts, "float64"),
+        ticket=device.zeros(1, "int32"), programs=call.parts, **_of_layers(device, "train_narrow", layers),
     )  # fmt: skip
     if loss.ignore_index is None:
         # no label
@@ -403,7 +468,7 @@ def bind_predict_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``predict_narrow``."""
     tile = _checked(device, "predict_narrow", call, {"y": call.y})
     programs = min(-(-call.M // tile.rows), tile.programs * device.arch.processors)
-    of_layers = _of_layers(device, call.layers, device.zeros(1, "real"))
+    of_layers = _of_layers(device, "predict_narrow", call.layers)
     arguments = arguments_of(device, predict_narrow_kernel, call, programs=programs, **of_layers)
     constants = _constants(device, tile, call.layers)
-    return device.launch(predict_narrow_kernel, programs, arguments, constants, tile)
+    return keeping(call, device.launch(predict_narrow_kernel, programs, arguments, constants, tile), programs)

@@ -113,8 +113,9 @@ PLAIN = {
     "mad.wide": lambda a, b, c: _wider(a) * _wider(b) + c, "fma.rn": _fma,
     "fma.rn.ftz": lambda a, b, c: flushed(_fma(flushed(a), flushed(b), flushed(c))),
     "div": _quotient, "rem": _remainder, "div.rn": np.divide, "div.full": np.divide,
-    # NaN only if both are
-    "min": np.fmin, "max": np.fmax, "abs": np.abs, "neg": np.negative, "abs.ftz": lambda a: np.abs(flushed(a)),
+    # NaN only if both are, or if one is
+    "min": np.fmin, "max": np.fmax, "max.NaN": np.maximum,
+    "abs": np.abs, "neg": np.negative, "abs.ftz": lambda a: np.abs(flushed(a)),
     "sqrt.rn": np.sqrt, "ex2.approx": np.exp2, "ex2.approx.ftz": lambda a: flushed(np.exp2(flushed(a))),
     "rcp.approx.ftz": lambda a: flushed(np.float32(1) / flushed(a)), "rcp.rn": lambda a: a.dtype.type(1) / a,
     "lg2.approx": np.log2, "lg2.approx.ftz": lambda a: np.log2(flushed(a)), "tanh.approx": np.tanh,
