@@ -37,8 +37,8 @@ PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.pr
 # The reason for a plan that the user named.
 ASKED = "asked for"
 UNPROVEN = f"{ASKED}; no card has run it yet"
-# Steps between two checks for Ctrl-C. Steps on the host take about a tenth of a second at most, estimated by their
-# floating-point operations.
+# Steps between two checks for Ctrl-C. On the host they have so many floating-point operations: a tenth of a second on
+# two cores with AVX2, a second on a slow one.
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 1e10
@@ -155,7 +155,7 @@ def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: in
 def resident_chunk(traits: Traits, flops: int, plan: str = "resident") -> int:
     """Return the steps of one launch of a plan with many steps a launch, a step having ``flops`` operations.
 
-    A launch takes a tenth of a second or less, so that the display and Ctrl-C need not wait.
+    A launch takes about a tenth of a second or less, so that the display and Ctrl-C need not wait.
     """
     limits = traits.looped(plan)
     if limits is None:

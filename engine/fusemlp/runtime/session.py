@@ -244,8 +244,8 @@ class Session:
             raise
 
     def release(self) -> None:
-        """Give back the memory that fits, steps and predictions work in, and on a GPU the data of the last fit; the next
-        ones make it anew."""
+        """Give back the memory that fits, steps and predictions work in, and on a GPU the data of the last fit; the
+        next ones make it anew."""
         self._memory.marked = {}
         self.programs.release()
         self.inference.forward.release()
