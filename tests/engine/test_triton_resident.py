@@ -199,16 +199,16 @@ def test_folds_of_different_lengths_and_a_model_that_diverges():
 
 def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch):
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
-    original = Memory.remember
+    original = Memory.mark
     asked = []
 
-    def remember(memory, *arguments):
+    def mark(memory, *arguments):
         asked.append(memory)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGINT)
         return original(memory, *arguments)
 
-    monkeypatch.setattr(Memory, "remember", remember)
+    monkeypatch.setattr(Memory, "mark", mark)
     with pytest.raises(KeyboardInterrupt):
         # with rows to validate on, each epoch is a launch
         fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))

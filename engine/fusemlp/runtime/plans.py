@@ -37,7 +37,7 @@ PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.pr
 # The reason for a plan that the user named.
 ASKED = "asked for"
 UNPROVEN = f"{ASKED}; no card has run it yet"
-# Steps between two checks for Ctrl-C. On the host they have so many floating-point operations: a tenth of a second on
+# Steps between two checks for Ctrl-C. On the host they have this many floating-point operations: a tenth of a second on
 # two cores with AVX2, a second on a slow one.
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
