@@ -69,7 +69,7 @@ def nan_or_error(call, *written):
 def launches_of(variant):
     """The module of a backend on a device that launches its layers and losses."""
     variant.backend()
-    file = {"triton": "layers", "cupy": "calls"}[variant.device.backend]
+    file = {"triton": "layers", "cupy": "backend"}[variant.device.backend]
     return sys.modules[f"fusemlp_kernels.{variant.device.backend}.{file}"]
 
 
