@@ -129,7 +129,7 @@ class Engine(Trainer):
         validation_steps: int | None = None,
         steps_per_epoch: int | None = None,
         metrics: Iterable[MetricLike] | None = (),
-        early_stopping: int | None = None,
+        early_stopping: int | str | None = None,
         monitor: str | None = None,
         callbacks: Iterable[Any] | None = (),
         verbose: int = 0,
@@ -167,7 +167,7 @@ class Engine(Trainer):
         takes them and the outputs (n, N); it rises with the quality if its name ends in accuracy or score.
         validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
         early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best
-        weights.
+        weights; "auto": two thirds of the epochs up to the best one, but at least 8 and at most 20.
         monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as
         "val_auc".
         callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``

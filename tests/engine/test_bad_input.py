@@ -209,6 +209,7 @@ TABLE = [
     (fit(early_stopping=0, validation_data=(X, Y)), ArgumentError, r"^early_stopping: .*at least 1, got 0"),
     (fit(early_stopping=3), ArgumentError, r"^early_stopping: .*val_loss.*validation_data=\(X"),
     (fit(early_stopping=True, validation_data=(X, Y)), ArgumentTypeError, r"^early_stopping: .*got True"),
+    (fit(early_stopping="5", validation_data=(X, Y)), ArgumentError, r"^early_stopping: .*number.* or 'auto', got '5'"),
     (fit(validation_data=X), ArgumentTypeError, r"^validation_data: .*\(X, y\).*ndarray"),
     (fit(validation_data=(X,)), ArgumentTypeError, r"^validation_data: .*got 1 in a tuple"),
     (fit(validation_data=[X] * 4), ArgumentTypeError, r"^validation_data: .*got 4 in a list"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import count
 
 import numpy as np
 import pytest
@@ -183,6 +184,26 @@ def test_a_resumed_fit_follows_the_same_quantity(tmp_path):
         resumed.fit(X, y, epochs=12, validation_data=(Xv, yv), early_stopping=9, resume=True)
     again = resumed.fit(X, y, epochs=12, resume=True, **given)
     assert again.history == whole.history and again.best_epoch == whole.best_epoch
+
+
+@pytest.mark.parametrize(("best", "waits"), [(0, 8), (11, 8), (12, 9), (15, 11), (16, 12), (28, 20), (29, 20), (60, 20)])
+def test_auto_early_stopping_waits_two_thirds_of_the_epochs_up_to_the_best(tmp_path, best, waits):
+    X, y, Xv, yv = TUMOUR
+    looks = count(-1)  # the first look is at the untrained network
+
+    def score(targets, outputs):
+        return -abs(next(looks) - best)
+
+    given = {"validation_data": (Xv, yv), "metrics": [score], "monitor": "val_score", "early_stopping": "auto"}
+    engine = Engine(MLP([30, 2]), batch_size=len(X))
+    # what came before the call does not count
+    engine.fit(X, y, epochs=3)
+    engine.fit(X, y, epochs=5, **given)
+    engine.save_checkpoint(tmp_path / "five.safetensors")
+    again = load_checkpoint(tmp_path / "five.safetensors")
+    looks = count(4)
+    history = again.fit(X, y, epochs=100, resume=True, **given)
+    assert history.best_epoch == 3 + best and len(history.epochs) == best + 1 + waits
 
 
 def test_a_fleet_stops_and_ranks_by_a_metric():

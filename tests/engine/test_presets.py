@@ -129,9 +129,9 @@ def test_what_is_given_stays(tmp_path):
     assert (made.recipe.optimizer, made.recipe.lr, made.recipe.batch_size, made.recipe.ema) == ("sgd", None, 32, None)
     choices = {}, {"early_stopping": 30, "ema": 0.0}, {"validation_fraction": 0.0}
     pace = [prepared(tmp_path, **options).recipe for options in choices]
-    assert [(one.ema, one.early_stopping) for one in pace] == [(0.99, 10), (0.0, 30), (0.99, None)]
+    assert [(one.ema, one.early_stopping) for one in pace] == [(0.99, 10), (0.0, 30), (0.99, 0)]
     plain = prepared(tmp_path, preset="plain", hidden=["8"])
-    assert (plain.network.members, plain.recipe.ema, plain.recipe.early_stopping) == (1, None, 20)
+    assert (plain.network.members, plain.recipe.ema, plain.recipe.patience) == (1, None, "auto")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_what_fit_offers():
         {"shuffle": False},
         {"row_order": lambda epoch: np.roll(backwards, epoch)},
         {"validation_data": (X[:20], CLASSES[:20]), "early_stopping": 2, "epochs": 40},
+        {"validation_data": (X[:20], CLASSES[:20]), "early_stopping": "auto", "epochs": 40},
     ):
         assert_plans_agree(fit=fit)
 

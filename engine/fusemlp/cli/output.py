@@ -102,7 +102,7 @@ def shorter(options: Any, epochs: int, fewer: str, *, validates: bool) -> str:
     """Return the option that shortens a training: ``fewer`` models if given; none for one that is resumed."""
     if options.resume is not None:
         return ""
-    stops = options.early_stopping or not validates
+    stops = options.early_stopping != 0 or not validates
     return fewer or (f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10")
 
 

@@ -114,6 +114,24 @@ def as_count(argument: str, value: Any, *, minimum: int = 1, maximum: int | None
     return count
 
 
+# Patience of early stopping that follows the training: this share of the epochs up to the best one, within limits.
+AUTO, PATIENCE_SHARE, LEAST_PATIENCE, MOST_PATIENCE = "auto", 2 / 3, 8, 20
+
+
+def as_patience(argument: str, value: Any, *, minimum: int = 1) -> int | str:
+    """Return the epochs that early stopping waits, a whole number from ``minimum`` on, or "auto"."""
+    if isinstance(value, str) and value != AUTO:
+        raise ArgumentError(f"{argument}: expected a whole number of epochs or {AUTO!r}, got {value!r}")
+    return value if isinstance(value, str) else as_count(argument, value, minimum=minimum)
+
+
+def patience_after(patience: int | str | None, epochs: int) -> float:
+    """Return for how many epochs a fit waits whose best one was epoch number ``epochs``; without patience for ever."""
+    if patience is None:
+        return math.inf
+    return min(MOST_PATIENCE, max(LEAST_PATIENCE, PATIENCE_SHARE * epochs)) if isinstance(patience, str) else patience
+
+
 def as_number(
     argument: str,
     value: Any,

@@ -194,7 +194,7 @@ class Fleet:
         sample_weight: Any = None,
         validation_data: tuple[Any, ...] | None = None,
         metrics: Iterable[MetricLike] = (),
-        early_stopping: int | None = None,
+        early_stopping: int | str | None = None,
         monitor: str | None = None,
         rows: Sequence[Any] | None = None,
         validation_rows: Sequence[Any] | None = None,

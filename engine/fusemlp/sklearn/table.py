@@ -28,6 +28,7 @@ from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe import checks, conflicts, description, losses, network
+from fusemlp.describe.checks import AUTO, LEAST_PATIENCE, MOST_PATIENCE
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.engine import OF_PREDICT, load_checkpoint
 from fusemlp.fleet.merge import members
@@ -40,7 +41,7 @@ from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, form_of, read, with_target, with_validation
 from fusemlp.tables import transfer
-from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TABM, TableRecipe, name_of
+from fusemlp.tables.recipe import DEFAULT_WIDTH, TABLE_EPOCHS, TABM, TableRecipe, name_of
 from fusemlp.tables.training import Listeners, Trained, report_of, train_table
 from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, unknown_name
@@ -61,7 +62,8 @@ _HELP = {
     "For inputs that are numbers. Trains one model.",
     "hidden": "Widths of the hidden layers; () for none.",
     "early_stopping": "Stop after this many epochs without a better metric of the held-out rows, and restore the best "
-    f"weights; None holds out no rows. {PATIENCE}, the default, is {TABM['early_stopping']} with the preset tabm.",
+    f"weights; None holds out no rows. 'auto' waits two thirds of the epochs up to the best one, {LEAST_PATIENCE} to "
+    f"{MOST_PATIENCE}, and {TABM['early_stopping']} with the preset tabm.",
     "epochs": "Passes over the training rows at most.",
     "test_fraction": "The share of the rows that judge the model at the end, in report_; 0 for none.",
     "validation_fraction": "The share of the rows that early stopping holds out, unless fit gets X_val and y_val. "
@@ -89,7 +91,7 @@ class TableParameters(TableRecipe):
     missing: Any = ()
     test_fraction: float = 0.0
     epochs: int = TABLE_EPOCHS
-    early_stopping: int | None = PATIENCE
+    early_stopping: Any = AUTO
     # random_state takes its place
     seed: ClassVar[int] = 0  # type: ignore[misc]
     random_state: Any = 0
@@ -152,7 +154,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             raise
         if trained.interrupted:
             warnings.warn("Training interrupted by user.", stacklevel=2)
-        stops = bool(trained.prepared.recipe.early_stopping)
+        stops = trained.prepared.recipe.patience is not None
         self.report_ = report_of(trained, early_stopping=stops)[0] if self.test_fraction else {}
         prepared, temperature = trained.prepared, trained.temperature
         self.engine_ = trained.engine if trained.final is None else trained.final[0]
@@ -192,9 +194,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         # the recipe's words for the same, which its presets know
         values |= {name: values[name] or None for name in ("drop", "keep", "categorical")}
         values["hidden"] = None if values["hidden"] == (DEFAULT_WIDTH,) else values["hidden"]
-        values["early_stopping"] = self.early_stopping or 0
-        if self.early_stopping == PATIENCE and self.adversarial != "ibp":
-            values["early_stopping"] = None
+        values["early_stopping"] = None if self.early_stopping == AUTO else self.early_stopping or 0
         values["models"] = 1 if self.callbacks else self.models
         return TableRecipe(**values, seed=self._seed())
 
@@ -236,7 +236,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             batch_size=engine.batch_size,
             epochs=config["epochs"],
             # The command line's 0 is None here.
-            early_stopping=options.get("early_stopping") or None,
+            early_stopping=None if (patience := options.get("early_stopping")) == 0 else patience or AUTO,
             models=options.get("models") or 1,
             scale=preprocessor.scale,
             log_target=preprocessor.target_log if task == "regression" else None,

@@ -58,11 +58,9 @@ def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
 
 
 def with_patience(recipe: Recipe, *, validates: bool) -> Recipe:
-    """Return the recipe with early stopping where it is not given, and without where nothing is validated."""
-    if not validates:
-        return replace(recipe, early_stopping=None)
-    stops = recipe.early_stopping is None and recipe.adversarial != "ibp"
-    return replace(recipe, early_stopping=recipes.PATIENCE) if stops else recipe
+    """Return the recipe without early stopping where nothing is validated, or where IBP goes without by default."""
+    never = not validates or (recipe.early_stopping is None and recipe.adversarial == "ibp")
+    return replace(recipe, early_stopping=0) if never else recipe
 
 
 def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:

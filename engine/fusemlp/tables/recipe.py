@@ -17,6 +17,7 @@ from typing import Any
 from fusemlp.datasets.cells import SCALES
 from fusemlp.describe.adversarial import FGSM, IBP, NORMS, PGD, Attack
 from fusemlp.describe.blocks import NORMS as NORMALISATIONS
+from fusemlp.describe.checks import AUTO, LEAST_PATIENCE, MOST_PATIENCE
 from fusemlp.describe.losses import LOSSES, Huber, Quantile
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
@@ -108,8 +109,8 @@ def run_folders(incomplete: str) -> list[str]:
 
 # The width of the hidden layer.
 DEFAULT_WIDTH = 128
-# Epochs at most of a table and of other data, and those without a better validation loss after which training stops.
-TABLE_EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
+# Epochs at most of a table and of other data.
+TABLE_EPOCHS, DEFAULT_EPOCHS = 200, 60
 # Rows a step, and those of Adam in a table of many rows beside the test rows.
 BATCH, MANY_ROWS, LARGE_BATCH = 32, 60_000, 256
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
@@ -305,8 +306,9 @@ class FitRecipe(ModelRecipe):
     )
     early_stopping: int | None = _training(
         None,
-        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, "
-        f"{TABM['early_stopping']} with preset tabm, 0: never), and restore the best weights.",
+        "Stop after this many epochs without a better --metric, and restore the best weights; 0: never. Unless given, "
+        f"two thirds of the epochs up to the best one ({LEAST_PATIENCE} to {MOST_PATIENCE}); "
+        f"{TABM['early_stopping']} with preset tabm.",
         "EPOCHS",
     )
     metric: str | None = _training(
@@ -317,6 +319,11 @@ class FitRecipe(ModelRecipe):
         values=MONITORS,
     )
     drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
+
+    @property
+    def patience(self) -> int | str | None:
+        """The argument ``early_stopping`` of ``fit`` on rows that validate; None for never."""
+        return AUTO if self.early_stopping is None else self.early_stopping or None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ def fit_arguments(prepared: Prepared) -> dict[str, Any]:
         "validation_data": None if validation is None else (validation.X, validation.y, validation.weight),
         **watched(prepared),
         "epochs": recipe.epochs,
-        "early_stopping": recipe.early_stopping or None if prepared.validates else None,
+        "early_stopping": recipe.patience if prepared.validates else None,
         "drop_last": recipe.drop_last,
     }
     if prepared.folds:
@@ -231,7 +231,7 @@ def initial_parameters(
                 batch_size=min(recipe.batch_size, len(X)),
                 sample_weight=weight,
                 validation_data=validation,
-                early_stopping=recipe.early_stopping or None if name == "val_loss" else None,
+                early_stopping=recipe.patience if name == "val_loss" else None,
                 drop_last=recipe.drop_last,
                 **watched,
             )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fusemlp.callbacks.forms import checked_callbacks
 from fusemlp.callbacks.progress import ProgressBar
 from fusemlp.describe.adversarial import NONE, Adversary, as_adversary
-from fusemlp.describe.checks import as_deadline, counted, freeze
+from fusemlp.describe.checks import as_deadline, as_patience, counted, freeze
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction, Machine
 from fusemlp.describe.losses import as_loss
@@ -182,7 +182,7 @@ class FitPlan(Description):
     validation_steps: Any = None
     steps_per_epoch: Any = None
     metrics: Annotated[Iterable[MetricLike], _as_several] = ()
-    early_stopping: Count | None = None
+    early_stopping: Annotated[int | str, as_patience] | None = None
     monitor: str | None = None
     callbacks: Annotated[Sequence[Any], lambda _, value: checked_callbacks(() if value is None else value)] = ()
     verbose: Annotated[int, _check_verbose] = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from fusemlp.describe.checks import check_choice, counted
+from fusemlp.describe.checks import check_choice, counted, patience_after
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
@@ -205,7 +205,7 @@ class FitPolicy(Policy):
     def wanted(self) -> int:
         """Return the epochs that are left, or 0 after ``patience`` epochs without a better monitored quantity."""
         state = self.state
-        if self.patience is not None and state.waited >= self.patience:
+        if state.waited >= patience_after(self.patience, state.epoch - state.waited - state.first_epoch):
             state.history.stopped = (
                 f"{self._monitor} has not improved for {counted(state.waited, 'epoch')}{self._restored}"
             )
