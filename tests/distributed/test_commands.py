@@ -1,14 +1,9 @@
-"""``torchrun -m fusemlp train``: one run folder, of rank 0; terminated, resumed by another number, restarted."""
+"""``torchrun -m fusemlp train``: one run folder, of rank 0; terminated or killed, resumed by another number."""
 
-import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +12,9 @@ import worlds
 from safetensors.numpy import load_file
 
 import make
-from fusemlp import ArgumentError, load
-from fusemlp.cli import main, session, train
-from fusemlp.cli.options import TrainOptions
-from fusemlp.report.runs import create_run, discard_begun, unlock
+from fusemlp import load
+from fusemlp.cli import main
+from fusemlp.report.runs import create_run, discard_begun
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -91,150 +85,15 @@ def test_the_option_that_is_gone_says_what_took_its_place(capsys):
     assert "--shard-optimizer: it is gone: each process keeps the whole state of the optimizer now; leave" in said
 
 
-def children(process):
-    """Return the ids of the processes that a process has started."""
-    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
-    return sorted(own for own, parent in pairs if parent == process)
-
-
-@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path, whole):
-    run = tmp_path / "run"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    with subprocess.Popen(
-        [*launcher, "--max-restarts", "1", "-m", "fusemlp", *TRAIN, "--out", str(run)],
-        env={**os.environ, "PYTHONPATH": worlds.PATHS, **worlds.ONE_THREAD},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            wait_for_epochs(run)
-            begun = (run / "config.json").stat()
-            os.kill(children(process.pid)[-1], signal.SIGKILL)
-            out, errors = process.communicate(timeout=worlds.LIMIT)
-        finally:
-            process.kill()
-    assert process.returncode == 0 and "exitcode: -9" in errors, errors
-    assert out.count("run folder") == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert_same_run(run, whole)
-    # it did not begin again
-    assert (run / "config.json").stat() == begun
-
-
-def restarted(monkeypatch, job):
-    """Let this process be one that torchrun has started again."""
-    for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "1"), ("RUN_ID", job)):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-
-
-def begun(run, whole, job, **report):
-    """Copy the whole run as one that a job of torchrun has made, with these values in its report."""
-    shutil.copytree(whole, run)
-    config, told = (make.read(run / f"{name}.json") for name in ("config", "report"))
-    config["job"] = f"{job}: {config['command'].replace(str(whole), str(run))}"
-    for name, content in (("config", config), ("report", told | report)):
-        (run / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(ended, tmp_path, whole, monkeypatch):
-    run = tmp_path / "run"
-    if ended:
-        begun(run, whole, "job")
-    else:
-        # of a run that begins from another, killed before its config.json
-        (run / "checkpoints").mkdir(parents=True)
-        for name in ("start.safetensors", ".start.safetensors.0123.tmp"):
-            (run / "checkpoints" / name).write_bytes(b"")
-    restarted(monkeypatch, "job")
-    train_here(*TRAIN[1:], "--out", run)
-    assert_same_run(run, whole)
-
-
-def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(tmp_path, whole, monkeypatch, capsys):
-    """As where all machines are started again by the same commands."""
-    run = tmp_path / "run"
-    begun(run, whole, "none")
-    restarted(monkeypatch, "none")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    options = TrainOptions(data="wine", out=str(run))
-    config = make.read(run / "config.json") | session.own_job(options)
-    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert train.going_on(options) == (TrainOptions(resume=str(run)), True)
-    assert f"{run} is the run of this command, which goes on with it" in capsys.readouterr().err
-    # another command, and a job that is another
-    other = replace(options, lr=0.2)
-    assert train.going_on(other) == (other, False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    assert train.going_on(options) == (options, False)
-
-
-# "job": an id that is always the same
-@pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2"))])
-def test_a_restart_takes_over_no_run_that_another_job_has_made(made_by, more, tmp_path, whole, monkeypatch, capsys):
-    run = tmp_path / "run"
-    begun(run, whole, made_by)
-    before = files(run)
-    restarted(monkeypatch, "job")
-    said = make.refusal(capsys, *TRAIN, *more, "--out", run, "--quiet")
-    assert "is not empty; give a new or empty folder" in said
-    assert files(run) == before
-
-
-def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(tmp_path, whole, monkeypatch, capsys):
-    run = tmp_path / "run"
-    begun(run, whole, "job", diverged=True)
-    before = files(run)
-    restarted(monkeypatch, "job")
-    assert "the run diverged, and would again" in make.refusal(capsys, *TRAIN, "--out", run, "--quiet")
-    assert files(run) == before
-
-
-class Agreed:
-    """The ranks of a world of two; the other has these flags, and rank 0 these values."""
-
-    leads = False
-
-    def __init__(self, *flags, first=()):
-        self.flags, self.first = flags, iter(first)
-
-    def any(self, *own):
-        return [one or other for one, other in zip(own, self.flags, strict=True)]
-
-    def of_first(self, values):
-        return dict.fromkeys(values, next(self.first))
-
-
-def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(tmp_path, whole, monkeypatch):
-    restarted(monkeypatch, "job")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
-    options = TrainOptions(data="wine", lr=0.2, out=str(whole))
-    assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
-
-
-@pytest.mark.parametrize("here", [False, True])
-def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(here, tmp_path, whole, monkeypatch):
-    restarted(monkeypatch, "job")
-    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
-    with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
-        train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
-
-
-def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(tmp_path, whole, monkeypatch, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    restarted(monkeypatch, "job")
-    assert "the run has done its 100 epochs" in make.refusal(capsys, "train", "--resume", run, "--quiet")
-    train_here("--resume", run, "--epochs", "101")
-    # this job made the last epoch, so its restart ends the run once more
-    train_here("--resume", run, "--epochs", "101")
+def test_a_run_whose_other_rank_is_killed_ends_with_the_line_that_goes_on(tmp_path, whole):
+    cut = tmp_path / "cut"
+    first, other = worlds.start(2, tmp_path, main, [*TRAIN, "--out", str(cut)])
+    wait_for_epochs(cut)
+    other.process.kill()
+    code, text = first.ended()
+    assert code == 1 and f"to go on: fusemlp train --resume {cut}" in text and "distributed: rank 1 of 2 ended" in text
+    train_here("--resume", cut)
+    assert_same_run(cut, whole)
 
 
 def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path):
@@ -242,17 +101,6 @@ def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path):
     for path in (run.checkpoint("start"), run.path / "notes.txt"):
         path.write_bytes(b"")
     discard_begun(run)
-    assert run.checkpoint("start").exists()
-
-
-def test_a_restart_with_resume_discards_nothing(tmp_path, monkeypatch, alone, capsys):
-    run = create_run(tmp_path / "run")
-    # as at the end of the process that made it
-    unlock()
-    run.checkpoint("start").write_bytes(b"")
-    restarted(monkeypatch, "job")
-    assert make.run("train", "--resume", run.path) == 1
-    assert "it has no config.json" in capsys.readouterr().err
     assert run.checkpoint("start").exists()
 
 
@@ -283,13 +131,12 @@ def test_what_several_processes_do_not_do_is_refused(words, said, rank, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_may_be_restarted_needs_a_folder_and_torchruns_summary_says_so(tmp_path, monkeypatch, capsys):
+def test_the_summary_of_torchrun_has_the_error_of_a_rank(tmp_path, monkeypatch, capsys):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     worlds.as_rank(monkeypatch, 1, 2)
     path = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    said = make.refusal(capsys, *TRAIN).strip()
-    assert said.startswith("error: rank 1: --out: torchrun starts these processes again after a failure")
+    said = make.refusal(capsys, *TRAIN, "--final-fit").strip()
+    assert said.startswith("error: rank 1: --final-fit")
     assert said in str(ChildFailedError("fusemlp", {1: ProcessFailure(1, 99, 2, str(path))}))

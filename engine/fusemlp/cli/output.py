@@ -31,7 +31,7 @@ from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.defaults import most_epochs
 from fusemlp.tables.recipe import one_of
-from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
+from fusemlp_kernels.errors import ArgumentError, DataError, DistributedError, FusemlpError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,14 +183,15 @@ class Events(Callback):
 def work(options: OutputOptions, command: str, mark: str) -> Iterator[tuple[Events, list[Path]]]:
     """Yield the events of a command, and a list for its run; with ``--json`` what else is printed goes to stderr.
 
-    An error of the system, as of a full disk, and Ctrl-C tell how to go on with the run, if it has the file ``mark``.
+    An error of the system, as of a full disk, Ctrl-C, and a rank that is gone tell how to go on with the run, if it has
+    the file ``mark``.
     """
     # the events keep the stream that is stdout now
     listener, runs = Events(options), list[Path]()
     with redirect_stdout(sys.stderr) if options.as_json else nullcontext():
         try:
             yield listener, runs
-        except (OSError, KeyboardInterrupt) as error:
+        except (OSError, KeyboardInterrupt, DistributedError) as error:
             for run in (run for run in runs if (run / mark).exists()):
                 if isinstance(error, OSError):
                     error.strerror = f"{error.strerror or error}; when that is mended, go on: {going_on(command, run)}"

@@ -29,7 +29,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder
-from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
+from fusemlp.runtime.ranks import TIMEOUT, leading, started
 from fusemlp.tables import defaults, training, transfer
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
 from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
@@ -287,8 +287,7 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
             if prepared.start is not None:
                 # a training that was cut off may have to start anew
                 prepared.start.engine.save_checkpoint(run.checkpoint("start"))
-            more = {"command": command(asked), **own_job(asked)}
-            write_beginning(run, session.options, prepared, engine, session.epochs, **more)
+            write_beginning(run, session.options, prepared, engine, session.epochs, command=command(asked))
         except OSError:
             # on a full disk: the same command works again
             if not run.config.exists():
@@ -297,12 +296,6 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
         if tracker is not None:
             output.note_id(run, session.options, tracker)
     return replace(session, run=run)
-
-
-def own_job(options: TrainOptions) -> dict[str, str]:
-    """Return the mark by which the processes that torchrun starts again know their run; none if it does not."""
-    # other jobs may have the same id
-    return {"job": f"{job()}: {command(options)}"} if restarts()[1] else {}
 
 
 def data_of(options: DataOptions) -> str:

@@ -1,9 +1,8 @@
-"""``fusemlp train``: a new run, or one that goes on, of itself after torchrun has started its processes again."""
+"""``fusemlp train``: a new run, or one that goes on."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from fusemlp.fleet.results import Member
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, append_metrics, open_run, read_json
 from fusemlp.runtime.files import replace_file, write_atomically
-from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
+from fusemlp.runtime.ranks import TIMEOUT, leading, started
 from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.recipe import given_options, name_of
@@ -108,46 +107,6 @@ _FREE = frozenset({option.name for option in fields(TrainOptions) if not output.
 _FREE |= {"epochs", "backend", "device"}
 
 
-def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
-    """Return the options, and whether they resume the job's run after a restart by torchrun; on all ranks alike."""
-    count, most = restarts()
-    if not most:
-        return options, False
-    folder = options.out if options.resume is None else options.resume
-    if folder is None:
-        raise ArgumentError(
-            "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
-            "its folder; give --out runs/NAME"
-        )
-    run, ranks = Run(Path(folder)), joined(TIMEOUT)
-    there = run.config.is_file()
-    # of several machines one may count the restart alone
-    again, seen, missed = ranks.any(count > 0, there, not there)
-    # machines that meet by address have jobs without an id: the same command goes on with what it has begun
-    anew = job() == "none" and options.resume is None and seen and not again
-    if not again and not anew:
-        return options, False
-    if seen and missed:
-        raise ArgumentError(
-            f"{'out' if options.resume is None else 'resume'}: some of the processes find {str(run.config)!r} and "
-            "others do not, so they cannot go on together; give a new folder in one that all machines share"
-        )
-    if missed:
-        if ranks.leads and options.resume is None:
-            # the failure came before there was a run
-            runs.discard_begun(run)
-        return options, False
-    # another's run is refused, as it was before the restart
-    again = ranks.of_first({"job": sessions.own_job(options).items() <= open_run(folder)[1].items()})["job"] > 0
-    if not again or options.resume is not None:
-        return options, again
-    if anew and ranks.leads and not options.quiet:
-        line = f"{folder} is the run of this command, which goes on with it; give a new --out to begin anew"
-        print(line, file=sys.stderr)
-    free = {name: value for name, value in given_options(options).items() if name in _FREE}
-    return TrainOptions(**free, resume=folder), True
-
-
 def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict[str, Any]:
     """Return the options that are given; ArgumentError for one that a resumed ``what``, a run or a sweep, keeps."""
     asked = given_options(options)
@@ -164,9 +123,9 @@ def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: s
         raise CheckpointError(f"resume: the data {source!r} are not those that the {what} was started with; {mend}")
 
 
-def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
+def resumed_session(options: TrainOptions, folder: str) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
-    changes, mark = check_kept(options, _FREE, "run"), sessions.own_job(options)
+    changes = check_kept(options, _FREE, "run")
     if leading():
         runs.lock(Run(Path(folder)))
     run, config = open_run(folder)
@@ -207,7 +166,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     report = read_json(run.report)
     if report:
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
-        _check_unfinished(report, done, epochs, again=again)
+        _check_unfinished(report, done, epochs)
     session = Session(run, prepared, engine, scheduled, tracker)
     if not leading():
         return session
@@ -215,19 +174,15 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         tracker.open(output.tracked_parameters(options, engine, epochs))
         output.note_id(run, options, tracker)
     runs.keep_metrics(run, engine.epochs_trained)
-    changed = {"epochs": epochs, **({} if again else mark)}
-    if not changed.items() <= config.items():
-        runs.write_json(run.config, config | changed)
+    if epochs != config["epochs"]:
+        runs.write_json(run.config, config | {"epochs": epochs})
     return session
 
 
-def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: bool) -> None:
-    """Refuse to resume a run with nothing left to do; ``again``: after a restart, only one that diverged."""
+def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
+    """Refuse to resume a run with nothing left to do."""
     if report["diverged"]:
         raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
-    if again:
-        # a rank may have failed at the very end: then the run is ended once more
-        return
     if report["stopped"] and not report["interrupted"]:
         raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one, --from its network")
     if done >= epochs:
@@ -237,16 +192,15 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: 
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
-    options, again = going_on(options)
     if not leading():
         # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end it too
-        session = prepared_session(replace(options, quiet=True), again=again)
+        session = prepared_session(replace(options, quiet=True))
         recorder = Recorder(session.run, every=session.options.checkpoint_every)
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
     with output.work(options, "train", "config.json") as (listener, paths):
         with output.preparing(options):
-            session = prepared_session(options, again=again)
+            session = prepared_session(options)
         paths.append(session.run.path)
         with session.tracker or nullcontext():
             content, lines, failure = trained(session, listener)
@@ -255,11 +209,9 @@ def train(options: TrainOptions) -> None:
         raise failure
 
 
-def prepared_session(options: TrainOptions, *, again: bool) -> Session:
-    """Return a new session, or a resumed one; ``again``: after a restart of its job."""
-    if options.resume is None:
-        return sessions.new_session(options)
-    return resumed_session(options, options.resume, again=again)
+def prepared_session(options: TrainOptions) -> Session:
+    """Return a new session, or a resumed one."""
+    return sessions.new_session(options) if options.resume is None else resumed_session(options, options.resume)
 
 
 def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:

@@ -59,12 +59,6 @@ def leading() -> bool:
     return not started() or os.environ["RANK"] == "0"
 
 
-def restarts() -> tuple[int, int]:
-    """Return how many times torchrun has started these processes again, and how many times it may."""
-    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return count, most
-
-
 def _place() -> tuple[int, int]:
     """Return the number of this process, and of how many; ArgumentError for numbers that torchrun does not set."""
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
@@ -74,11 +68,6 @@ def _place() -> tuple[int, int]:
             f"WORLD_SIZE={world!r}; start the processes by torchrun; {ALONE}"
         )
     return int(rank), int(world)
-
-
-def job() -> str:
-    """Return the id of the job of torchrun: drawn for each, but "none" unless given where machines meet by address."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def report_failure(message: str) -> None:
