@@ -1,7 +1,4 @@
-"""Fleets and sweeps whose models train in other processes, and go on where they were cut off.
-
-There is no card here: the processes for cards run Triton's interpreter, and the calling one a card that counts.
-"""
+"""Fleets and sweeps whose models train in other processes, and go on where they were cut off."""
 
 import os
 import signal
@@ -19,16 +16,14 @@ from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
 from fusemlp.cli import sweep, vary
 from fusemlp.fleet import workers
 from fusemlp.fleet.results import Member
-from fusemlp.fleet.workers import VARIABLE, trained_elsewhere, trained_on
+from fusemlp.fleet.workers import trained_elsewhere
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
-from fusemlp_kernels import availability
 from make import assert_same, read, refusal, rows, run
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=(300, 6)).astype(np.float32)
 Y = (X[:, 0] + X[:, 1] > 0).astype(np.int64)
 FIT = {"epochs": 3, "validation_data": (X[:50], Y[:50]), "metrics": ["auc"], "early_stopping": 2}
-CARDS = ["cuda:0", "cuda:1"]
 
 
 def fleet(**options):
@@ -57,23 +52,6 @@ def killed_at_2(numbers, once):
             once.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return members(numbers)
-
-
-def seen(numbers, *arrays):
-    """Each model says which card its process sees, and what it was given."""
-    return members(numbers, f"{os.environ[VARIABLE]} {os.getpid()} {len(numbers)} {[one.tolist() for one in arrays]}")
-
-
-def fails_on_the_second(numbers):
-    if os.environ[VARIABLE] == "1":
-        raise MemoryError("no room")
-    return seen(numbers)
-
-
-def dies(numbers):
-    if numbers:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return []
 
 
 class TestFleets:
@@ -264,106 +242,13 @@ class TestSweeps:
         assert "address: no scheduler of dask answers at 'tcp://127.0.0.1:1'" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
-
-@pytest.fixture
-def counting():
-    """Return a card that counts, for a fleet that stays in this process."""
-    if availability()["triton"] is not None:
-        pytest.skip(f"triton: {availability()['triton']}")
-    from counting_card import counting
-
-    from fusemlp_kernels.triton import launch
-
-    if not launch.is_interpreted():
-        pytest.skip("triton: the counting card needs the interpreter")
-    return counting
-
-
-class TestCards:
-    @pytest.mark.parametrize(
-        ("visible", "cards", "together", "sizes"),
-        # those of one launch go to a card at once, others a few at a time
-        [(None, {"0", "1"}, True, {"5", "4"}), ("3, 5,7", {"3", "5"}, False, {"1", "2"})],
-    )
-    def test_each_process_sees_its_card_alone(self, visible, cards, together, sizes, monkeypatch):
-        monkeypatch.delenv(VARIABLE, raising=False)
-        if visible is not None:
-            monkeypatch.setenv(VARIABLE, visible)
-        found = list(trained_on(CARDS, 9, seen, [np.arange(2)], together=together))
-        assert sorted(one.index for one in found) == list(range(9))
-        reports = [one.reason.split(maxsplit=3) for one in found]
-        assert {arrays for *_, arrays in reports} == {"[[0, 1]]"}
-        assert {card for card, *_ in reports} == cards
-        # a process a card
-        assert len({(card, process) for card, process, *_ in reports}) == len(cards)
-        assert {size for _, _, size, _ in reports} == sizes
-
-    def test_errors_name_the_card(self, monkeypatch):
-        with pytest.raises(WorkerError, match=r"^devices: on 'cuda:1' there was MemoryError: no room; mend this"):
-            list(trained_on(CARDS, 4, fails_on_the_second, [], together=True))
-        with pytest.raises(WorkerError, match=r"^devices: on 'cuda:0' there was TerminatedWorkerError"):
-            list(trained_on(CARDS[:1], 4, dies, [], together=True))
-        monkeypatch.setenv(VARIABLE, "2")
-        words = r"^devices: there is no 'cuda:1' among the 1 cards of CUDA_VISIBLE_DEVICES=2"
-        with pytest.raises(ArgumentError, match=words):
-            list(trained_on(CARDS, 4, seen, [], together=True))
-
-    @pytest.mark.parametrize(
-        ("options", "error", "message"),
-        [
-            ({"devices": "cuda:0"}, ArgumentTypeError, "devices: expected names of cards such as"),
-            ({"devices": [0, 1]}, ArgumentTypeError, "devices: expected names of cards such as"),
-            ({"devices": []}, ArgumentError, "devices: expected different cards such as"),
-            ({"devices": ["cuda:0", "cuda:0"]}, ArgumentError, "devices: expected different cards such as"),
-            ({"devices": ["cuda"]}, ArgumentError, "devices: expected different cards such as"),
-            ({"devices": CARDS, "device": "cuda:0"}, ArgumentError, "device: devices has the cards already"),
-            ({"devices": CARDS, "backend": "numpy"}, ArgumentError, "devices: the backend computes on the CPU"),
-        ],
-    )
-    def test_wrong_devices_are_refused(self, options, error, message):
-        with pytest.raises(error, match=f"^{message}"):
-            fleet(**options)
-
-    def test_the_models_are_those_of_one_device(self, counting):
-        x, y = X[:40, :3], Y[:40]
-        model = {"batch_size": 16, "backend": "triton", "vary": {"lr": [0.01, 0.1], "hidden": [4, 5]}}
-        fit, ended = {"epochs": 2, "validation_data": (x[:10], y[:10]), "early_stopping": 2}, []
-        expected = Fleet(MLP([3, 4, 2]), **model).fit(x, y, **fit)
-        with counting(computes=True):
-            several = Fleet(MLP([3, 4, 2]), **model, devices=CARDS)
-            for name, value in (("workers", "loky"), ("jobs", 2), ("time_limit", 3)):
-                with pytest.raises(ArgumentError, match=f"^{name}: a fleet with devices has a process for each"):
-                    several.fit(x, y, epochs=1, **{name: value})
-            found = several.fit(x, y, **fit, callback=lambda one: ended.append(one.index))
-        assert sorted(ended) == list(range(4))
-        assert_same_models(found, expected)
-
-    def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(self, counting, tmp_path, monkeypatch, capsys):
-        calls, x, y = [], X[:40, :3], Y[:40]
-
-        def here(devices, models, task, arrays, *, together):
-            calls.append((devices, models))
-            yield from task(list(range(models)), *arrays)
-
-        monkeypatch.setattr(workers, "trained_on", here)
-        words = ("sweep", "iris", "--vary", "seed=0:3", "--hidden", "4", "--batch-size", "64", "--epochs", "1")
-        words += ("--backend", "triton", "--plan", "eager")
-        cards = ("--devices", "cuda:0,cuda:1")
-        with counting(computes=True):
-            assert run(*words, *cards, "--out", tmp_path / "run") == 0
-            three = Fleet(MLP([3, 4, 2]), vary={"seed": range(3)}, backend="triton", plan="eager", devices=CARDS)
-            pair = three.part([1, 2]).fit(x, y, epochs=1)
-            # one model needs no process of its own
-            (alone,) = three.part([2]).fit(x, y, epochs=1).members
-            assert (alone.engine.device, alone.scores) == ("cuda:0", pair.members[1].scores)
-            assert calls == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
-            # a sweep on one card, which is cut off before its last model, goes on with several
-            keep_journals(monkeypatch)
-            assert run(*words, "--device", "cuda:0", "--out", tmp_path / "one") == 0
-            file = tmp_path / "one" / sweep.JOURNAL
-            file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-            assert run("sweep", "--resume", tmp_path / "one", *cards) == 0
-        capsys.readouterr()
-        assert run("sweep", "iris", "--vary", "seed=0:2", *cards, "--jobs", "2", "--out", tmp_path / "x") == 2
-        assert "--jobs: a fleet with devices has a process for each of them" in capsys.readouterr().err
-        assert not (tmp_path / "x").exists()
+    def test_cards_of_earlier_releases(self, tmp_path, capsys):
+        with pytest.raises(ArgumentTypeError, match=r"^devices: it is gone: start a process a card"):
+            fleet(devices=["cuda:0"])
+        assert "--devices: it is gone: start a sweep" in refusal(capsys, *self.SWEEP, "--devices", "cuda:0,cuda:1")
+        # a journal that has them goes on
+        self.cut_off(tmp_path / "cut", 5)
+        journal = tmp_path / "cut" / sweep.JOURNAL
+        first, *others = journal.read_text().splitlines(keepends=True)
+        journal.write_text("".join([first.replace('"jobs": ', '"devices": "cuda:0", "jobs": ', 1), *others]))
+        assert '"devices"' in journal.read_text() and run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0

@@ -181,7 +181,6 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
         "of --address. A dead worker's models are trained again.",
         "BACKEND",
     )
-    devices: str | None = _machine(None, "Several cards here, cuda:0,cuda:1: a process trains on each.", "NAMES")
     address: str | None = _option(None, "Of dask's scheduler (tcp://host:8786) or ray's head (host:6379).", "ADDRESS")
     resume: str | None = _output(
         None,

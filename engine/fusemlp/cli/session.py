@@ -36,7 +36,7 @@ from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
 
 # Options of earlier releases, and names that they had.
-GONE = ("attack_beta", "attack_repeats", "shard_optimizer")
+GONE = ("attack_beta", "attack_repeats", "shard_optimizer", "devices")
 RENAMED = {"from_run": "transfer_from"}
 
 
@@ -97,10 +97,15 @@ def stored_options(options: OutputOptions) -> dict[str, Any]:
 
 def options_of(config: Mapping[str, Any]) -> TrainOptions:
     """Return the options of a run, without those of earlier releases."""
-    options = {RENAMED.get(name, name): value for name, value in config["options"].items() if name not in GONE}
+    options = without_gone(config["options"]) | {"data": config["data"]["source"]}
     with reading("run: the options in its config.json", "start a new run"):
-        known: TrainOptions = stored("options", {**options, "data": config["data"]["source"]}, TrainOptions)
+        known: TrainOptions = stored("options", options, TrainOptions)
     return known
+
+
+def without_gone(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored options by their names of today."""
+    return {RENAMED.get(name, name): value for name, value in options.items() if name not in GONE}
 
 
 # A wider table is summed up.

@@ -203,7 +203,7 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
 
             def ended(member: Member) -> None:
                 member, count = replace(member, index=left[member.index]), len(member.history.epochs)
-                if options.workers or options.devices:
+                if options.workers:
                     # other processes have trained them
                     forecast(None, count)
                 forecast.skip(plan.epochs - count)

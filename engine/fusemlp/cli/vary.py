@@ -20,7 +20,7 @@ from fusemlp.describe.description import reading, stored
 from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Kept, Member, Point
-from fusemlp.fleet.workers import check_address, check_not_given, check_workers
+from fusemlp.fleet.workers import check_address, check_workers
 from fusemlp.report.runs import Run, lock, read_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.preparation import Prepared, decisions
@@ -195,7 +195,7 @@ def _range(name: str, text: str) -> Axis:
 # The options of ``train`` for each varied parameter.
 OPTIONS = {"betas": ("beta1", "beta2")}
 # The options that --resume accepts; all others keep the values of the sweep.
-FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device", "devices"})
+FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,9 +246,6 @@ def planned(options: SweepOptions) -> Plan:
     check_address(options.workers, options.address)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
-    devices = None if options.devices is None else options.devices.split(",")
-    if devices is not None:
-        check_not_given(workers=options.workers, jobs=options.jobs)
     split_seed = options.seed if options.split_seed is None else options.split_seed
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     with _named_as_varied(axes):
@@ -263,7 +260,7 @@ def planned(options: SweepOptions) -> Plan:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
         arguments = fit_arguments(prepared)
         epochs = arguments["epochs"]
-        fleet = prepared.fleet(points, rows=rows, epochs=epochs, devices=devices)
+        fleet = prepared.fleet(points, rows=rows, epochs=epochs)
     metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
     return Plan(options, axes, points, prepared, fleet, epochs, arguments, metric)
 
@@ -358,7 +355,7 @@ def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]
             entries.append(stored("line", json.loads(line), dict[str, Any]))
             if len(entries) == 1:
                 stored("fingerprint", entries[0]["fingerprint"], str)
-                stored("options", entries[0]["options"], SweepOptions)
+                stored("options", session.without_gone(entries[0]["options"]), SweepOptions)
     if not entries:
         raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
     return run, entries[0], entries[1:]
@@ -370,9 +367,8 @@ def resumed_sweep(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[M
     lock(Run(Path(folder)))
     run, first, lines = read_journal(folder)
     # where it trains is asked anew
-    anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in asked else ()))
-    before = SweepOptions(**first["options"])
-    plan = planned(replace(before, **{**dict.fromkeys(anew), "quiet": False, **asked}))
+    before = SweepOptions(**session.without_gone(first["options"]))
+    plan = planned(replace(before, **{**dict.fromkeys(("workers", "address", "jobs")), "quiet": False, **asked}))
     train.check_data(plan.prepared, first["fingerprint"], before.data, "sweep")
     begin_journal(run, first, *lines)
     return run, plan, [_member(line, plan.fleet) for line in lines]

@@ -23,8 +23,8 @@ from fusemlp.engine import OF_PREDICT, Engine
 from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, engine_bytes, room
 from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_groups
 from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
-from fusemlp.fleet.workers import as_devices, check_not_given, check_sent, check_workers, trained_apart
-from fusemlp.runtime.plans import cpu_threads, open_backend
+from fusemlp.fleet.workers import check_sent, check_workers, trained_apart
+from fusemlp.runtime.plans import cpu_threads
 from fusemlp.runtime.scaling import InputScale
 from fusemlp.training.fit import ELSEWHERE, FitData, fit_loop
 from fusemlp.training.loop import EpochLoop
@@ -64,9 +64,6 @@ class Fleet:
     that does not fit is built and trained in parts that do, and this is logged. Then the results keep parameters and
     histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` is refused.
 
-    ``devices``: names of cards, such as ["cuda:0", "cuda:1"], in place of ``device``. ``fit`` spreads the models over
-    them, a process a card, and the results keep parameters and histories.
-
     ``initial``: for each model parameters to start with, by the names of ``state_dict``; its seed draws the others.
 
     ``privacy``: a ``DPSGD``, with which each model trains privately, with its own sampling and noise; a seed for tests
@@ -78,6 +75,7 @@ class Fleet:
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
 
+    @knows_names({"devices": "it is gone: start a process a card, CUDA_VISIBLE_DEVICES=1, with its part of vary"})
     def __init__(
         self,
         net: MLP,
@@ -89,7 +87,6 @@ class Fleet:
         vary: Vary,
         backend: str = "auto",
         device: str | None = None,
-        devices: Sequence[str] | None = None,
         precision: str = "fp32",
         plan: str = "auto",
         normalise: Any = None,
@@ -112,16 +109,6 @@ class Fleet:
         if len(self._initial) != len(self):
             raise ArgumentError(f"{expected} {len(initial)}")
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
-        self._devices = () if devices is None else as_devices(devices)
-        if self._devices:
-            if device is not None:
-                raise ArgumentError(f"device: devices has the cards already, got {device!r}; give one of the two")
-            if open_backend(backend, None, precision).traits.on_host:
-                raise ArgumentError(
-                    "devices: the backend computes on the CPU, and a fleet uses all of its cores; leave devices out, "
-                    "or choose the backend of a card: backend='triton' or 'cupy'"
-                )
-            device = self._devices[0]
         # the arguments of engines that are no part of a model
         self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
         self._machine["normalise"] = normalise
@@ -143,11 +130,10 @@ class Fleet:
         return len(self.candidates)
 
     def part(self, numbers: Sequence[int]) -> Fleet:
-        """Return an untrained fleet of the models of these numbers; one alone trains here, on the first device."""
+        """Return an untrained fleet of the models of these numbers."""
         fleet = copy(self)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
         fleet._initial = [self._initial[number] for number in numbers]
-        fleet._devices = self._devices[: len(fleet)] if len(fleet) > 1 else ()
         fleet._begin()
         return fleet
 
@@ -237,8 +223,6 @@ class Fleet:
         if workers is not None:
             check_workers(workers)
             check_sent(self.candidates[0].loss)
-        if self._devices:
-            check_not_given(workers=workers, jobs=jobs, time_limit=time_limit)
         if workers is not None and time_limit is not None:
             raise ArgumentError("time_limit: workers do not share one; leave out time_limit or workers")
         if callback is not None and not callable(callback):
@@ -301,7 +285,7 @@ class Fleet:
         first.scaling.warn("X", data.X)
         # earlier results are no longer true, even if this training is cut off
         self.results = None
-        if workers is not None or self._devices:
+        if workers is not None:
             held = None if validation is None else validation.data
             tasks: dict[str, Any] = {"rows": trained_rows, "validation_rows": validated_on}
             with closing(trained_apart(self, plan, data, held, workers=workers, jobs=jobs, **tasks)) as trained:

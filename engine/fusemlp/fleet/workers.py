@@ -1,12 +1,9 @@
-"""Models of a fleet that other processes train: one a card, or those of joblib's backends."""
+"""Models of a fleet that other processes train, those of joblib's backends."""
 
 import logging
-import os
-import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -19,15 +16,12 @@ from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples
-from fusemlp.runtime.plans import one_thread, shares_launches
+from fusemlp.runtime.plans import one_thread
 from fusemlp.training.trainer import FitPlan
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError, WorkerError, unknown_name
 
 _log = logging.getLogger("fusemlp")
 
-# The cards that a process sees; the libraries of NVIDIA and of AMD read it when they start.
-VARIABLE = "CUDA_VISIBLE_DEVICES"
-NAMES = re.compile(r"cuda:(\d+)")
 # The libraries whose backends joblib does not know before it is told, and what tells it.
 LIBRARIES = {"dask": "distributed", "ray": "ray"}
 # Tasks for each worker, so that a fast one takes more of them. A task has no more models than a launch.
@@ -37,34 +31,6 @@ LOST = 3
 
 # Trains the models of some numbers on the arrays.
 Task = Callable[..., list[Member]]
-
-
-def as_devices(devices: Any) -> tuple[str, ...]:
-    """Return the names of distinct cards. Raises ArgumentTypeError or ArgumentError."""
-    if not isinstance(devices, list | tuple) or not all(isinstance(name, str) for name in devices):
-        raise ArgumentTypeError(f"devices: expected names of cards such as ['cuda:0', 'cuda:1'], got {devices!r}")
-    if not devices or len(set(devices)) < len(devices) or not all(map(NAMES.fullmatch, devices)):
-        raise ArgumentError(f"devices: expected different cards such as ['cuda:0', 'cuda:1'], got {list(devices)}")
-    return tuple(devices)
-
-
-def check_not_given(**options: Any) -> None:
-    """Raise ArgumentError for an option of ``Fleet.fit`` that a fleet with devices does not take."""
-    for name, value in options.items():
-        if value is not None:
-            raise ArgumentError(f"{name}: a fleet with devices has a process for each of them; leave one of both out")
-
-
-def visible(device: str) -> str:
-    """Return the value of VARIABLE that leaves a process this card alone."""
-    number = device.partition(":")[2]
-    seen = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    if seen and int(number) >= len(seen):
-        raise ArgumentError(
-            f"devices: there is no {device!r} among the {len(seen)} cards of {VARIABLE}={os.environ[VARIABLE]}; "
-            "set it to more cards, or name others"
-        )
-    return seen[int(number)] if seen else number
 
 
 def check_workers(workers: object, *, connected: bool = True) -> None:
@@ -146,28 +112,24 @@ def trained_apart(
     data: Examples,
     held: Examples | None,
     *,
-    workers: str | None,
+    workers: str,
     jobs: int | None,
     **rows: Sequence[Array] | None,
 ) -> Generator[Member, None, None]:
     """Yield each model of a fleet when it has ended, in any order, trained on ``data`` and validated on ``held``.
 
-    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``rows``: those of each model.
+    ``workers`` train it, ``jobs`` tasks at once. ``rows``: those of each model.
     """
     first, untrained = fleet.first, copy(fleet)
     # its parts build their own, on the backend that they shall have
-    untrained._built, untrained._groups, untrained._devices = [], None, ()
+    untrained._built, untrained._groups = [], None
     names = ("epochs", "metrics", "early_stopping", "monitor", "drop_last")
     task = partial(_train_part, untrained, {name: getattr(plan, name) for name in names}, rows)
     arrays: list[Array | None] = []
     for examples in (data, held):
         X, targets, weight = (None, None, None) if examples is None else examples.map(first.inputs.on_host)
         arrays += [X, None if targets is None else targets.values, weight]
-    if workers is not None:
-        return trained_elsewhere(len(fleet), task, arrays, workers=workers, jobs=jobs)
-    # of the process, which sees one
-    untrained._machine = {**fleet._machine, "device": None}
-    return trained_on(fleet._devices, len(fleet), task, arrays, together=shares_launches(first.memory.backend.traits))
+    return trained_elsewhere(len(fleet), task, arrays, workers=workers, jobs=jobs)
 
 
 def _train_part(
@@ -180,10 +142,8 @@ def _train_part(
     weight: Array | None,
     *validation: Array | None,
 ) -> list[Member]:
-    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
-    fleet = whole.part(numbers or [0])
-    if not numbers:
-        return []
+    """Train the models of some numbers on one core."""
+    fleet = whole.part(numbers)
     of_part = {name: lists and [lists[number] for number in numbers] for name, lists in rows.items()}
     held = None if validation[0] is None else validation
     with one_thread():
@@ -193,61 +153,6 @@ def _train_part(
         kept = member.held if isinstance(member.held, Kept) else Kept.of(member.held, candidate, fleet._machine)
         members.append(replace(member, index=number, held=kept))
     return members
-
-
-def trained_on(
-    devices: Sequence[str], models: int, task: Task, arrays: Sequence[Any], *, together: bool
-) -> Generator[Member, None, None]:
-    """Yield each of the ``models`` when it has ended, in any order.
-
-    ``task(numbers, *arrays)`` returns those of some numbers, on the only card of its process; with no numbers it tries
-    the card. ``together``: models train in one launch, so that a card takes as many as there are. All cards are tried
-    before one trains. Raises WorkerError, which names the card, for an error on one.
-    """
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    parts = max(-(-models // MOST_AT_ONCE), len(devices) * (1 if together else TASKS))
-    # every part has some of each shape
-    left = [part for start in range(parts) if (part := list(range(models))[start::parts])]
-    with ExitStack() as stack:
-        cards = {}
-        for device in devices:
-            options = {"env": {VARIABLE: visible(device)}, "initializer": _take, "initargs": (task, arrays)}
-            cards[device] = ProcessPoolExecutor(1, **options)
-            stack.callback(cards[device].shutdown, kill_workers=True)
-        running = {card.submit(_train, []): device for device, card in cards.items()}
-        wait(running)
-        while running:
-            wait(running, return_when=FIRST_COMPLETED)
-            ended = {future: _outcome(device, future) for future, device in running.items() if future.done()}
-            for future, members in ended.items():
-                device = running.pop(future)
-                if left:
-                    running[cards[device].submit(_train, left.pop(0))] = device
-                yield from members
-
-
-def _outcome(device: str, future: Future[list[Member]]) -> list[Member]:
-    try:
-        return future.result()
-    except Exception as error:
-        raise WorkerError(
-            f"devices: on {device!r} there was {type(error).__name__}: {error}; mend this, or leave the card out"
-        ) from error
-
-
-# in a card's process: its task, and the arrays of that
-_taken: tuple[Task, Sequence[Any]]
-
-
-def _take(task: Task, arrays: Sequence[Any]) -> None:
-    global _taken
-    _taken = task, arrays
-
-
-def _train(numbers: list[int]) -> list[Member]:
-    task, arrays = _taken
-    return task(numbers, *arrays)
 
 
 def trained_elsewhere(
