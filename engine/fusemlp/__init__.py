@@ -58,9 +58,7 @@ if TYPE_CHECKING:
     from fusemlp.describe.privacy import DPSGD as DPSGD
     from fusemlp.describe.schedules import Constant as Constant
     from fusemlp.describe.schedules import Cosine as Cosine
-    from fusemlp.describe.schedules import CosLog4 as CosLog4
     from fusemlp.describe.schedules import Exponential as Exponential
-    from fusemlp.describe.schedules import FlatCosine as FlatCosine
     from fusemlp.describe.schedules import OneCycle as OneCycle
     from fusemlp.describe.schedules import ReduceOnPlateau as ReduceOnPlateau
     from fusemlp.describe.schedules import Schedule as Schedule
@@ -132,9 +130,7 @@ _NAMES = {
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
     "fusemlp.describe.privacy": "DPSGD",
-    "fusemlp.describe.schedules": (
-        "Constant CosLog4 Cosine Exponential FlatCosine OneCycle ReduceOnPlateau Schedule StepDecay"
-    ),
+    "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.trainer": "History",
@@ -155,6 +151,7 @@ _SUBMODULES = frozenset({*_PATHS, "callbacks", "engine", "fleet", "sklearn", "to
 # Names of Keras and torch, and of earlier releases, and their equivalents.
 _ELSEWHERE = {
     **dict.fromkeys(("Free", "TRADES"), "it is gone; train against fusemlp.PGD(eps)"),
+    **dict.fromkeys(("CosLog4", "FlatCosine"), "it is gone; use fusemlp.Cosine or a Schedule of your own"),
     "load_model": "use fusemlp.load(path)",
     **dict.fromkeys(("Sequential", "Model"), "write Engine(MLP([784, 128, 10], activation='relu'))"),
     **dict.fromkeys(("Dense", "Linear"), "layers are widths: MLP([784, 128, 10], activation='relu')"),

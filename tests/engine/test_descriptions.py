@@ -34,9 +34,7 @@ from fusemlp.describe.schedules import (
     SCHEDULES,
     Constant,
     Cosine,
-    CosLog4,
     Exponential,
-    FlatCosine,
     OneCycle,
     ReduceOnPlateau,
     Schedule,
@@ -58,8 +56,6 @@ EXAMPLES = {
         Cosine(0.1, final=0.01, steps=50),
         OneCycle(0.1),
         OneCycle(0.1, steps=20, peak_fraction=0.4, final=1e-5, warmup=2),
-        FlatCosine(0.1, flat_fraction=0.5, final=0.01),
-        CosLog4(0.1, warmup=2),
         ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=1e-3, min_delta=0.0),
     ],
     as_optimizer: [
@@ -291,23 +287,13 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_a_flat_cosine_is_constant_and_then_a_cosine(share):
-    found = rates(FlatCosine(0.3, flat_fraction=share, final=0.1), 40, 50)
-    flat = int(40 * share)
-    assert found[:flat] == [0.3] * flat
-    close(found[flat:], rates(Cosine(0.3, final=0.1, steps=40 - flat), 50 - flat))
-    # RealMLP's, as its paper writes it
-    paper = [0.5 * (1.0 + math.cos(math.pi * (max(1.0, 2.0 * t / 40) - 1.0))) for t in range(40)]
-    close(rates(FlatCosine(1.0, flat_fraction=0.5), 40), paper)
-
-
-def test_coslog4_is_the_formula_of_its_paper():
-    paper = [0.5 * (1.0 - math.cos(2.0 * math.pi * math.log2(1.0 + 15.0 * t / 150))) for t in range(150)]
-    close(rates(CosLog4(1.0), 150), paper)
-    # four waves: zeros where 1 + 15 t is a power of two, and the peaks between them
-    close(CosLog4(0.5, steps=15).rates(0, 17).take([0, 1, 3, 7, 15, 16]).tolist(), [0.0] * 6)
-    assert CosLog4(0.5, steps=15000).rates(0, 15000).max() == pytest.approx(0.5)
+@pytest.mark.parametrize("kind", [{"kind": "coslog4"}, {"kind": "flat_cosine", "final": 0.0, "flat_fraction": 0.75}])
+def test_a_schedule_that_is_gone_is_read_as_a_cosine(kind):
+    """From a checkpoint, which predicts, and may go on."""
+    optimizer = Adam(Cosine(0.1, steps=40, warmup=2))
+    config = optimizer.to_config()
+    with pytest.warns(UserWarning, match=rf"^lr: {kind['kind']} is gone; a training that goes on has a cosine"):
+        assert Optimizer.from_config({**config, "lr": {**kind, "lr": 0.1, "steps": 40, "warmup": 2}}) == optimizer
 
 
 def test_what_the_warm_up_leaves_are_the_steps_of_the_schedule():

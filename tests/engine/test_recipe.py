@@ -75,8 +75,6 @@ SCHEDULES = [
     ({"schedule": "cosine", "drop_last": True}, fusemlp.Cosine(0.1, steps=30)),
     ({"schedule": "cosine", "accumulate": 3}, fusemlp.Cosine(0.1, steps=13)),
     ({"schedule": "one_cycle"}, fusemlp.OneCycle(0.1, steps=40)),
-    ({"schedule": "flat_cosine", "lr_final": 0.01}, fusemlp.FlatCosine(0.1, final=0.01, steps=40)),
-    ({"schedule": "coslog4"}, fusemlp.CosLog4(0.1, steps=40)),
     (
         {"schedule": "reduce_on_plateau", "lr_patience": 3, "lr_gamma": 0.5, "lr_final": 0.01},
         fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=0.01),

@@ -21,8 +21,9 @@ To load a checkpoint with it, enter the class first: ``SCHEDULES["inverse_root"]
 import math
 import numbers
 import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Annotated, Any, ClassVar, Self
 
@@ -37,6 +38,9 @@ PlateauState = tuple[float, int, float]
 """Best value so far, epochs without an improvement, factor on the learning rate."""
 
 PLATEAU_START: PlateauState = (math.inf, 0, 1.0)
+
+# Schedules of earlier releases.
+GONE = ("flat_cosine", "coslog4")
 
 # torch's OneCycleLR: the rate starts at a 25th of the peak and ends at a 10000th of where it started.
 _ONE_CYCLE_END = 1.0 / 25.0 / 1e4
@@ -68,6 +72,15 @@ class Schedule(Description, ABC, family="schedule"):
 
         ``t`` may go past the end of the training: tables are filled ahead.
         """
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Return the schedule of a configuration; a cosine, with a warning, for those of earlier releases."""
+        if config.get("kind") in GONE:
+            warnings.warn(f"lr: {config['kind']} is gone; a training that goes on has a cosine", stacklevel=2)
+            kept = {name: value for name, value in config.items() if name != "flat_fraction"}
+            config = {"final": 0.0, **kept, "kind": "cosine"}
+        return super().from_config(config)
 
     def over(self, total_updates: int | None) -> Self:
         """Return the schedule with lengths in updates, for a training of ``total_updates`` (None: not known).
@@ -224,45 +237,6 @@ class OneCycle(Schedule):
 
 
 @dataclass(frozen=True)
-class FlatCosine(Schedule):
-    """The rate ``lr`` for a share ``flat_fraction`` of ``steps``, then half a cosine to ``final``.
-
-    fastai's ``fit_flat_cos`` (Howard and Gugger, 2020); with ``flat_fraction=0.5`` the flat_cos of RealMLP (Holzmüller
-    et al., 2024).
-    """
-
-    kind = "flat_cosine"
-    lr: NonNegative
-    _: KW_ONLY
-    final: NonNegative = 0.0
-    steps: Count | None = None
-    flat_fraction: OpenFraction = 0.75
-
-    def after_warmup(self, t: Array) -> Array:
-        assert self.steps is not None
-        flat = self.flat_fraction * self.steps
-        return _half_cosine(self.lr, self.final, np.clip((t - flat) / (self.steps - flat), 0.0, 1.0))
-
-
-@dataclass(frozen=True)
-class CosLog4(Schedule):
-    """Four waves from 0 up to ``lr`` and back over ``steps`` updates, each longer than the last.
-
-    ``lr * (1 - cos(2 pi log2(1 + 15 t / steps))) / 2``: RealMLP's (Holzmüller et al., "Better by default", 2024).
-    """
-
-    kind = "coslog4"
-    lr: NonNegative
-    _: KW_ONLY
-    steps: Count | None = None
-
-    def after_warmup(self, t: Array) -> Array:
-        assert self.steps is not None
-        waves = _each(math.log2, 1.0 + 15.0 * np.minimum(t / self.steps, 1.0))
-        return _half_cosine(0.0, self.lr, 2.0 * waves)
-
-
-@dataclass(frozen=True)
 class ReduceOnPlateau(Schedule):
     """The rate ``lr``, multiplied by ``factor`` when the validation loss stops improving, down to ``min_lr``.
 
@@ -302,7 +276,7 @@ def plateau_step(schedule: ReduceOnPlateau, state: PlateauState, value: float) -
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, FlatCosine, CosLog4, ReduceOnPlateau)
+    cls.kind: cls for cls in (Constant, StepDecay, Exponential, Cosine, OneCycle, ReduceOnPlateau)
 }
 Schedule.kinds = SCHEDULES
 

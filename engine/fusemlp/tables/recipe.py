@@ -293,7 +293,7 @@ class FitRecipe(ModelRecipe):
         f"The rate's factor: step ({StepDecay.gamma:g}), epoch (exponential), plateau ({ReduceOnPlateau.factor:g}).",
     )
     lr_final: float | None = _rate(
-        None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
+        None, "The final rate of cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
     )
     lr_patience: int | None = _rate(
         None,
