@@ -53,7 +53,7 @@ class CallPlace:
 
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
     """Return the eager step of an engine, bound to the case's data and rows as in ``fit``."""
-    from fusemlp.program.step import Inputs
+    from fusemlp.program.builder import Inputs
     from fusemlp.runtime.steps import TrainingStep, bind
 
     data = make_data(case)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fusemlp import MLP, SGD, Adam, Engine
-from fusemlp.program.step import Inputs
+from fusemlp.program.builder import Inputs
 from fusemlp.runtime.steps import TrainingStep, bind
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import TritonDevice

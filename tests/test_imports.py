@@ -204,7 +204,7 @@ BROKEN = {
     "upwards, to the public names": ({"fusemlp.sklearn": "from fusemlp import MLP"}, "lies above it"),
     "a backend": ({"fusemlp.training.fit": "from fusemlp_kernels.numpy import plan"}, "know the backends"),
     "the oracle": (
-        {"fusemlp.describe.schedules": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
+        {"fusemlp.describe.optimizers": "from fusemlp_kernels import reference", "fusemlp_kernels.reference": ""},
         "imports fusemlp_kernels.reference; only runtime know the backends",
     ),
     "no row": ({"fusemlp.gadgets": ""}, "gadgets: give it a row"),

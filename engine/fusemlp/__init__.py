@@ -53,16 +53,16 @@ if TYPE_CHECKING:
     from fusemlp.describe.optimizers import SGD as SGD
     from fusemlp.describe.optimizers import Adam as Adam
     from fusemlp.describe.optimizers import AdamW as AdamW
+    from fusemlp.describe.optimizers import Constant as Constant
+    from fusemlp.describe.optimizers import Cosine as Cosine
+    from fusemlp.describe.optimizers import Exponential as Exponential
+    from fusemlp.describe.optimizers import OneCycle as OneCycle
     from fusemlp.describe.optimizers import Optimizer as Optimizer
     from fusemlp.describe.optimizers import ParameterOptions as ParameterOptions
+    from fusemlp.describe.optimizers import ReduceOnPlateau as ReduceOnPlateau
+    from fusemlp.describe.optimizers import Schedule as Schedule
+    from fusemlp.describe.optimizers import StepDecay as StepDecay
     from fusemlp.describe.privacy import DPSGD as DPSGD
-    from fusemlp.describe.schedules import Constant as Constant
-    from fusemlp.describe.schedules import Cosine as Cosine
-    from fusemlp.describe.schedules import Exponential as Exponential
-    from fusemlp.describe.schedules import OneCycle as OneCycle
-    from fusemlp.describe.schedules import ReduceOnPlateau as ReduceOnPlateau
-    from fusemlp.describe.schedules import Schedule as Schedule
-    from fusemlp.describe.schedules import StepDecay as StepDecay
     from fusemlp.engine import Engine as Engine
     from fusemlp.engine import load as load
     from fusemlp.engine import load_checkpoint as load_checkpoint
@@ -96,6 +96,7 @@ _PATHS = {
     "candidates": "fleet.candidates",
     "checkpoint": "training.checkpoint",
     "data": "datasets.load",
+    "describe.schedules": "describe.optimizers",
     "ensemble": "fleet.results",
     "explanations": "report.explanations",
     "history": "training.trainer",
@@ -106,7 +107,7 @@ _PATHS = {
     "optimizers": "describe.optimizers",
     "preprocessing": "datasets.preprocessing",
     "saving": "training.checkpoint",
-    "schedules": "describe.schedules",
+    "schedules": "describe.optimizers",
     "sklearn.classifier": "sklearn.estimators",
     "sklearn.regressor": "sklearn.estimators",
     "training.history": "training.trainer",
@@ -128,9 +129,9 @@ _NAMES = {
     "Quantiles",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
-    "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
+    "fusemlp.describe.optimizers": "Adam AdamW Constant Cosine Exponential OneCycle Optimizer ParameterOptions "
+    "ReduceOnPlateau SGD Schedule StepDecay",
     "fusemlp.describe.privacy": "DPSGD",
-    "fusemlp.describe.schedules": "Constant Cosine Exponential OneCycle ReduceOnPlateau Schedule StepDecay",
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.trainer": "History",

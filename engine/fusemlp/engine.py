@@ -15,7 +15,7 @@ from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.training import passes_against
+from fusemlp.program.passes import passes_against
 from fusemlp.program.program import ORDERED, Program
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.onnx import to_onnx

@@ -8,7 +8,7 @@ from sklearn.datasets import load_diabetes, load_digits
 
 import fusemlp
 from fusemlp import Callback
-from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
+from fusemlp.describe.optimizers import Cosine, ReduceOnPlateau
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.batches import CalledBatches, ResidentBatches

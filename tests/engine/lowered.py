@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOptions
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
+from fusemlp.program.builder import Inputs, Step
 from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace, short_names
 from fusemlp.program.lowering import lower, trained_by
-from fusemlp.program.passes.training import Penalty
-from fusemlp.program.step import Inputs, Step
+from fusemlp.program.passes import Penalty
 from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
 

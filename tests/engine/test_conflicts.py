@@ -15,7 +15,7 @@ from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
 from fusemlp.describe.losses import as_loss
-from fusemlp.program.passes.training import ClipAndNoise, SumOverRanks, passes_against
+from fusemlp.program.passes import ClipAndNoise, SumOverRanks, passes_against
 from fusemlp.program.program import Sharding
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.memory import compute_bytes

@@ -22,23 +22,21 @@ from fusemlp.describe.losses import (
 )
 from fusemlp.describe.network import MLP, PReLU
 from fusemlp.describe.optimizers import (
+    PLATEAU_START,
+    SCHEDULES,
     SGD,
     Adam,
     AdamW,
-    Optimizer,
-    ParameterOptions,
-    as_optimizer,
-)
-from fusemlp.describe.schedules import (
-    PLATEAU_START,
-    SCHEDULES,
     Constant,
     Cosine,
     Exponential,
     OneCycle,
+    Optimizer,
+    ParameterOptions,
     ReduceOnPlateau,
     Schedule,
     StepDecay,
+    as_optimizer,
     as_schedule,
     plateau_step,
 )

@@ -6,7 +6,7 @@ import pytest
 from lowered import BACKENDS, training_program
 
 from fusemlp import MLP, SGD, Adam
-from fusemlp.program.passes.training import BatchAttack, ClipAndNoise, Penalty, SumOverRanks
+from fusemlp.program.passes import BatchAttack, ClipAndNoise, Penalty, SumOverRanks
 from fusemlp.program.program import Sharding
 from fusemlp.program.verifier import verify
 from fusemlp_kernels.contract import Noise, Perturbation, Ridge

@@ -8,7 +8,7 @@ from lowered import FROZEN, layout_of, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
 from fusemlp.program.layout import REMEMBERED, placement, plan_workspace
-from fusemlp.program.passes.training import Penalty
+from fusemlp.program.passes import Penalty
 from fusemlp.program.program import Structure
 from fusemlp.program.verifier import ProgramError
 from fusemlp_kernels.contract import Ridge, Segment, TensorRule

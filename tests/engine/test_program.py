@@ -7,7 +7,7 @@ import pytest
 from lowered import BACKENDS, FROZEN, inference_program, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
-from fusemlp.program.passes.training import Penalty
+from fusemlp.program.passes import Penalty
 from fusemlp.program.program import scaled
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.plans import planned

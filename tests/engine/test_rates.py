@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, Adam, Cosine, Engine, Fleet, OneCycle, load_checkpoint
-from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
+from fusemlp.describe.optimizers import SCHEDULES, Constant, Schedule
 from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.memory import RateTable
 from fusemlp.runtime.plans import open_backend

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lowered import FROZEN, cases, inference_program, planned, training_program
 
 from fusemlp import MLP, SGD, Adam
-from fusemlp.program.passes.training import BatchAttack, Penalty
+from fusemlp.program.passes import BatchAttack, Penalty
 from fusemlp.program.program import Call, Ref, Value
 from fusemlp.program.verifier import ProgramError, lifetimes, verify
 from fusemlp_kernels.contract import Perturbation, Ridge, Segment, TensorRule

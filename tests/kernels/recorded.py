@@ -11,7 +11,7 @@ import kernel_variants
 import numpy as np
 
 from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Frequency, Residual
-from fusemlp.program.step import Inputs
+from fusemlp.program.builder import Inputs
 from fusemlp.runtime.steps import TrainingStep, bind
 from fusemlp_kernels.triton import configs
 

@@ -14,9 +14,8 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.optimizers import Optimizer, Schedule
 from fusemlp.describe.privacy import DPSGD
-from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.memory import REAL_BYTES

@@ -16,9 +16,9 @@ from typing import Any
 from fusemlp.callbacks.forms import deferred_interrupt
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.builder import Inputs
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
-from fusemlp.program.step import Inputs
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import AT_ONCE, one_thread, resident_chunk, shares_launches
 from fusemlp.runtime.programs import walk_rows

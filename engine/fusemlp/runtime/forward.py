@@ -12,8 +12,8 @@ from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples
+from fusemlp.program.builder import Inputs, Pass, Step
 from fusemlp.program.lowering import lower
-from fusemlp.program.step import Inputs, Pass, Step
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.scaling import Scaling

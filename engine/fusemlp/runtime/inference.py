@@ -17,8 +17,8 @@ from fusemlp.describe.metrics import Judged, Metric, MetricLike, as_metrics
 from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
+from fusemlp.program.builder import Pass
 from fusemlp.program.layout import placement
-from fusemlp.program.step import Pass
 from fusemlp.runtime import forward
 from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined, last_layers, mean_evaluation
 from fusemlp.runtime.memory import Memory, Workspace

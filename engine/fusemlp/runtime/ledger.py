@@ -25,8 +25,8 @@ from fusemlp.describe.privacy import (
     usual_delta,
 )
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.training import ClipAndNoise
-from fusemlp.program.step import Pass
+from fusemlp.program.builder import Pass
+from fusemlp.program.passes import ClipAndNoise
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusemlp.describe.network import MLP
-from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.optimizers import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.program import layout
 from fusemlp_kernels.clock import rate_table

@@ -11,11 +11,11 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.builder import Inputs, Step
 from fusemlp.program.layout import parameter_layout, short_names
 from fusemlp.program.lowering import lower, trained_by
-from fusemlp.program.passes.training import sums_over
+from fusemlp.program.passes import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
-from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.memory import REAL_BYTES, compute_bytes
 from fusemlp.runtime.ranks import own_card
 from fusemlp_kernels import registry

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
-from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.optimizers import Optimizer, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve

@@ -16,14 +16,13 @@ from fusemlp.describe.conflicts import Features, check_together, in_use, refused
 from fusemlp.describe.description import Machine, stored
 from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss
 from fusemlp.describe.network import MLP, as_network
-from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.describe.optimizers import Optimizer, Schedule, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
-from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
 from fusemlp.inputs.examples import DeviceInputs
-from fusemlp.program.passes.training import Narrow, sums_over
+from fusemlp.program.builder import Pass
+from fusemlp.program.passes import Narrow, sums_over
 from fusemlp.program.program import ALONE, ORDERED, REDUCTIONS, Sharding
-from fusemlp.program.step import Pass
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import REAL_BYTES, Memory, RateTable

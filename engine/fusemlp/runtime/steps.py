@@ -16,8 +16,8 @@ from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.program import lowering
+from fusemlp.program.builder import Inputs, Pass, Step
 from fusemlp.program.program import ORDERED, Call, Program, Sharding, resolve
-from fusemlp.program.step import Inputs, Pass, Step
 from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.own_loss import caller_of

@@ -19,7 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks.forms import announce, checked_callbacks, exits
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
-from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.optimizers import Schedule
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.inputs.columns import Columns, coding_of, from_sparse
 from fusemlp.report.onnx import to_onnx

@@ -20,9 +20,9 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets
-from fusemlp.program.passes.training import Penalty
+from fusemlp.program.builder import Inputs, Pass
+from fusemlp.program.passes import Penalty
 from fusemlp.program.program import Program
-from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluate
 from fusemlp.runtime.memory import on_device
 from fusemlp.runtime.programs import BoundProgram

@@ -16,8 +16,7 @@ import numpy as np
 from fusemlp.describe.description import FAMILIES, Description
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
-from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
+from fusemlp.describe.optimizers import PLATEAU_START, Optimizer, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.files import CHECKPOINT, reading_file

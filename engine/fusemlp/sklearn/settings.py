@@ -18,12 +18,11 @@ from fusemlp.describe.adversarial import as_adversary
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation
-from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
-from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.training import passes_against
-from fusemlp.program.step import Pass
+from fusemlp.program.builder import Pass
+from fusemlp.program.passes import passes_against
 from fusemlp.runtime.plans import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 

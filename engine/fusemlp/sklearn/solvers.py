@@ -23,7 +23,7 @@ from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils.optimize import _check_optimize_result
 
 from fusemlp.callbacks.forms import deferred_interrupt
-from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.describe.optimizers import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import EstimatorBatches, HeldLoss
 from fusemlp.sklearn.model import Model

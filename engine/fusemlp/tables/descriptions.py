@@ -15,9 +15,8 @@ from fusemlp.describe.checks import as_count, as_number, check_choice, listed
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
-from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
+from fusemlp.describe.optimizers import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
 from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
-from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.report.evidence import image_shape
 from fusemlp.tables import recipe as recipes

@@ -23,8 +23,7 @@ from fusemlp.describe.checks import as_count, as_number, check_choice, counted
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
-from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.optimizers import Optimizer, Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable

@@ -21,9 +21,8 @@ from fusemlp.describe.checks import AUTO, LEAST_PATIENCE, MOST_PATIENCE
 from fusemlp.describe.losses import LOSSES, Huber, Quantile
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
-from fusemlp.describe.optimizers import OPTIMIZERS, SGD, Adam, AdamW
+from fusemlp.describe.optimizers import OPTIMIZERS, SCHEDULES, SGD, Adam, AdamW, ReduceOnPlateau, StepDecay
 from fusemlp.describe.privacy import DPSGD
-from fusemlp.describe.schedules import SCHEDULES, ReduceOnPlateau, StepDecay
 from fusemlp_kernels.contract import ACTIVATIONS
 
 # The panels of --help, in their order.

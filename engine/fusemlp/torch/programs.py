@@ -17,11 +17,11 @@ from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fusemlp.describe.losses import Loss
-from fusemlp.describe.schedules import Constant
+from fusemlp.describe.optimizers import Constant
+from fusemlp.program.builder import Inputs, Step
 from fusemlp.program.layout import Layout, short_names
 from fusemlp.program.lowering import lower
 from fusemlp.program.program import Program, resolve
-from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.memory import Memory, RateTable, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors

@@ -17,8 +17,8 @@ from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
-from fusemlp.program.passes.training import passes_against
-from fusemlp.program.step import Inputs
+from fusemlp.program.builder import Inputs
+from fusemlp.program.passes import passes_against
 from fusemlp.runtime.plans import LOOPED
 from fusemlp.runtime.plans import row_order as shuffled
 from fusemlp.runtime.programs import BoundProgram

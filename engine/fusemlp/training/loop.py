@@ -15,7 +15,7 @@ import numpy as np
 
 from fusemlp.callbacks.forms import Listener, deferred_interrupt
 from fusemlp.callbacks.progress import epoch_watchers
-from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
+from fusemlp.describe.optimizers import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.memory import Account, Memory
 from fusemlp.runtime.steps import check_scaling

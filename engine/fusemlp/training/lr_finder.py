@@ -14,7 +14,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.schedules import Exponential
+from fusemlp.describe.optimizers import Exponential
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples
 from fusemlp.report.plots import draw, sweep_figure

@@ -15,8 +15,8 @@ from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction, Machine
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.metrics import MetricLike
+from fusemlp.describe.optimizers import PLATEAU_START, PlateauState, ReduceOnPlateau, Schedule
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
-from fusemlp.describe.schedules import PLATEAU_START, PlateauState, ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding, diagnose
 from fusemlp.report.plots import curves_figure, draw

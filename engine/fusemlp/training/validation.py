@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fusemlp.describe.checks import check_choice, counted, patience_after
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
-from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.describe.optimizers import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
 from fusemlp.runtime.forward import Evaluate, metrics_of

@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fusemlp.describe.adversarial import Adversary
-from fusemlp.program.lowering import plain
-from fusemlp.program.passes.blocks import reading
+from fusemlp.program.builder import Pass, Step
+from fusemlp.program.lowering import plain, reading
 from fusemlp.program.program import COLLECTIVE, Call, Program, Ref, Sharding, Value
-from fusemlp.program.step import Pass, Step
 from fusemlp_kernels.contract import Noise, Perturbation, Ridge
 
 # The operands of the output layer's call that ``train_narrow`` has too, and those of the layers' calls.

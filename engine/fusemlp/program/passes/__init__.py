@@ -1,1 +1,0 @@
-"""Features of a training as passes: functions from the program of a step to a program."""
