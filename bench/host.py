@@ -185,9 +185,9 @@ def layers_step() -> Callable[[], object]:
     """Return forward and backward of ``fusemlp.torch.FusedMLP``, for a gradient of its outputs."""
     import torch
 
-    from fusemlp.torch import FusedMLP, autograd
+    from fusemlp.torch import FusedMLP, layers
 
-    made: Any = autograd
+    made: Any = layers
     made.torch_backend = lambda _: "triton"
     module = FusedMLP(SIZES)
     x, gradient = torch.randn(BATCH, SIZES[0]), torch.randn(BATCH, SIZES[-1])

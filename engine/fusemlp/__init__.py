@@ -99,6 +99,7 @@ _PATHS = {
     "describe.schedules": "describe.optimizers",
     "ensemble": "fleet.results",
     "explanations": "report.explanations",
+    "fleet.merge": "fleet.results",
     "history": "training.trainer",
     "losses": "describe.losses",
     "lr_finder": "training.lr_finder",

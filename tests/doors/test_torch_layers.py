@@ -15,7 +15,7 @@ from torch_pair import ACTIVATIONS
 
 from fusemlp.runtime.plans import open_backend
 from fusemlp.torch import FusedLinear, FusedMLP
-from fusemlp.torch.autograd import chain_op
+from fusemlp.torch.layers import chain_op
 from fusemlp_kernels.contract import ACTIVATIONS as ACTIVATION_NAMES
 from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
 

@@ -10,7 +10,7 @@ from devices import INTERPRETER, NUMPY, STAND_IN, usable
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fusemlp import MLP, SGD, Adam, AdamW, Callback, Engine, Fleet, ParameterOptions, load, load_checkpoint
-from fusemlp.fleet.merge import merged
+from fusemlp.fleet.results import merged
 from fusemlp_kernels import clock
 from fusemlp_kernels.contract import SHARE
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError

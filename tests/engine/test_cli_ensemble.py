@@ -14,7 +14,7 @@ from fusemlp.datasets.load import ColumnChoices, load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import folds
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import mean_history, members, merged
+from fusemlp.fleet.results import mean_history, members, merged
 from fusemlp.report.metrics import verdict, worse_than
 from fusemlp.report.plots import curves_figure
 from fusemlp.report.runs import Run, joint, read_history

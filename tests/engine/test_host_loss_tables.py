@@ -10,7 +10,7 @@ from fusemlp.losses import GaussianNLL, Quantiles
 from scipy.stats import norm
 
 from fusemlp.engine import load_checkpoint
-from fusemlp.fleet.merge import members
+from fusemlp.fleet.results import members
 from fusemlp.report.metrics import distribution
 from fusemlp.report.runs import Run, weights_path
 from fusemlp.sklearn import TableRegressor

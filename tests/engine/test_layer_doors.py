@@ -23,7 +23,7 @@ from fusemlp import (
     RMSNorm,
     ShapeError,
 )
-from fusemlp.fleet.merge import default_models, members, merged
+from fusemlp.fleet.results import default_models, members, merged
 from fusemlp.runtime.plans import planned
 from fusemlp.torch import from_torch, fuse, to_torch
 

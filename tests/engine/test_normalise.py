@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 import fusemlp
 from fusemlp import MLP, SGD, ArgumentError
-from fusemlp.fleet.merge import merged
+from fusemlp.fleet.results import merged
 from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.torch import from_torch, fuse, to_torch
 from make import assert_same, run

@@ -11,7 +11,7 @@ from tolerance import UNIT
 
 import fusemlp
 from fusemlp import MLP, SGD, AdamW, ArgumentError, Callback, Engine
-from fusemlp.fleet.merge import members
+from fusemlp.fleet.results import members
 from fusemlp.report.uncertainty import held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.forward import combined
 from fusemlp.runtime.plans import planned

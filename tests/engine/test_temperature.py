@@ -8,7 +8,7 @@ from scipy.special import expit, log_softmax, softmax
 from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
-from fusemlp.fleet.merge import members, merged, merged_members
+from fusemlp.fleet.results import members, merged, merged_members
 from fusemlp.report.uncertainty import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
 from make import read, run

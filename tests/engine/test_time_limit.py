@@ -10,8 +10,7 @@ from fusemlp import MLP, Engine
 from fusemlp.describe import checks
 from fusemlp.fleet import fleet as fleets
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import mean_history, sound
-from fusemlp.fleet.results import Kept, Member
+from fusemlp.fleet.results import Kept, Member, mean_history, sound
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables import defaults
 from fusemlp.training import validation

@@ -26,7 +26,7 @@ from fusemlp.describe.checks import aligned, counted, listed
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load
-from fusemlp.fleet.merge import members
+from fusemlp.fleet.results import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics
 from fusemlp.report.evidence import certify, guarantee_lines, guarantees

@@ -21,8 +21,17 @@ from fusemlp.cli.report import finish, written
 from fusemlp.cli.vary import JOINED, JOURNAL, Plan, spelled_value
 from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import rises
-from fusemlp.fleet.merge import LEAST_ROWS, default_models, merged
-from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
+from fusemlp.fleet.results import (
+    LEAST_ROWS,
+    Combination,
+    FleetResults,
+    Kept,
+    Member,
+    averages,
+    default_models,
+    merged,
+    shown,
+)
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import headline, verdict
 from fusemlp.report.plots import Varied, literal, scores_figure

@@ -31,7 +31,7 @@ from fusemlp.describe import checks, conflicts, description, losses, network
 from fusemlp.describe.checks import AUTO, LEAST_PATIENCE, MOST_PATIENCE
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.engine import OF_PREDICT, load_checkpoint
-from fusemlp.fleet.merge import members
+from fusemlp.fleet.results import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics, onnx, runs
 from fusemlp.report.evidence import Importance, certify

@@ -19,7 +19,7 @@ from fusemlp.describe.conflicts import CONFLICTS
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import default_models
+from fusemlp.fleet.results import default_models
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.plans import AT_ONCE, TRAITS, cpu_threads, first_available
 from fusemlp.runtime.ranks import started

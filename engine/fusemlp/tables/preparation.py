@@ -26,8 +26,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import check_mergeable
-from fusemlp.fleet.results import Point
+from fusemlp.fleet.results import Point, check_mergeable
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.report.runs import read_training_rows

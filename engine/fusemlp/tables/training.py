@@ -15,8 +15,7 @@ from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, Metric, metrics_for
 from fusemlp.engine import Engine
-from fusemlp.fleet.merge import merged, merged_members
-from fusemlp.fleet.results import Member, scores_of
+from fusemlp.fleet.results import Member, merged, merged_members, scores_of
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import guarantees
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than

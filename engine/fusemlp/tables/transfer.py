@@ -14,7 +14,7 @@ from fusemlp.describe.checks import as_count, listed
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load
-from fusemlp.fleet.merge import LEAST_ROWS, default_models, members
+from fusemlp.fleet.results import LEAST_ROWS, default_models, members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
