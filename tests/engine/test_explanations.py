@@ -218,7 +218,7 @@ def not_complete(found):
 )
 def test_a_program_has_no_more_calls_than_it_needs(gradient, output, calls):
     engine = make(output_activation=output)
-    program = engine.inference.forward.bind(engine.network, 16, gradient=gradient).program
+    program = engine.inference.forward.lowered(engine.network, 16, gradient=gradient)
     assert [call.op for call in program.calls] == calls
 
 

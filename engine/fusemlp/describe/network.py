@@ -354,12 +354,6 @@ class MLP(Description):
         """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
         return self.norms[layer] if self.norms else None
 
-    @property
-    def cut_layers(self) -> set[int]:
-        """The layers whose rest is a call of its own after their product: a block's last one has nothing but a sum."""
-        norms = {layer for layer, norm in enumerate(self.norms) if norm is not None}
-        return {*norms, *(first - 1 for first, _ in self.blocks)} - {last for _, last in self.blocks}
-
     @cached_property
     def widths(self) -> tuple[int, ...]:
         """The widths that the layers have: ``sizes``, but first that of the encoded inputs."""

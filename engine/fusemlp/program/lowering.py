@@ -153,8 +153,9 @@ class _Blocks:
         self.step, self.net, self.values = step, step.net, dict(program.values)
         self.ends = {last + 1: first for first, last in self.net.blocks}
         self.starts = {first: last + 1 for first, last in self.net.blocks}
-        # the layers that are cut in two
-        self.cut = {layer + 1 for layer in self.net.cut_layers}
+        # the layers whose rest is a call of its own after their product: a block's last one has nothing but a sum
+        norms = {layer + 1 for layer, norm in enumerate(self.net.norms) if norm is not None}
+        self.cut = (norms | self.starts.keys()) - self.ends.keys()
         self.rest: dict[int, dict[str, Any]] = {}
         # without a rule there is nothing but the gradient by the inputs
         self.trained = {} if step.rule is None else dict(step.trained)

@@ -14,6 +14,7 @@ from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples
 from fusemlp.program.builder import Inputs, Pass, Step
 from fusemlp.program.lowering import lower
+from fusemlp.program.program import Program
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.scaling import Scaling
@@ -91,48 +92,43 @@ class ForwardPass:
     ) -> BoundProgram:
         """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
 
-        ``net`` stands for the network; ``options`` as in ``bind``.
+        ``net`` stands for the network; ``options`` as in ``lowered``.
         """
         key = (net, rows, spec, class_weight is not None, *sorted(options.items()))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.bind(net or self.net, rows, spec, class_weight, **options)
+            weights = {} if class_weight is None else {"class_weight": class_weight}
+            program = self.lowered(net or self.net, rows, spec, class_weighted=bool(weights), **options)
+            bound = self.bind(program, **weights)
             kept, most = self._bound, MOST_BATCHES * self._most_rows
             while kept and (len(kept) == MOST_PROGRAMS or sum(size for _, size, *_ in kept) + rows > most):
                 del kept[next(iter(kept))]
             kept[key] = bound
         return bound
 
-    def bind(
+    def lowered(
         self,
         net: MLP,
         rows: int,
         spec: LossSpec | None = None,
-        class_weight: Any | None = None,
         *,
         weighted: bool = False,
-        gradient: int | None = None,
-        layers: int | None = None,
+        class_weighted: bool = False,
         coding: Coding | None = None,
-        arrays: Mapping[str, Any] | None = None,
-        workspace: Workspace | None = None,
-    ) -> BoundProgram:
-        """Return a new program as ``program`` describes it.
-
-        ``gradient`` and ``layers`` are as in ``Step``, ``coding`` is that of the rows, ``arrays`` those of the data.
-        """
-        memory = self.memory
-        shared = net.members > 1
-        inputs = Inputs(rows, shared, weighted, class_weight is not None, coding)
+        **options: Any,
+    ) -> Program:
+        """Return a program as ``program`` describes it; ``options`` are further fields of ``Step``."""
+        memory, inputs = self.memory, Inputs(rows, net.members > 1, weighted, class_weighted, coding)
         traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
-        bound_arrays = {"counters": self.counters, "stats": self.stats, **(arrays or {})}
-        if class_weight is not None:
-            bound_arrays["class_weight"] = class_weight
-        if shared:
-            bound_arrays["rows"] = member_rows(memory.backend, rows, net.members)
-        options: dict[str, Any] = {"gradient": gradient, "layers": layers, "passes": self.passes}
-        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, **options))
-        return BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
+        return lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, **options, passes=self.passes))
+
+    def bind(self, program: Program, workspace: Workspace | None = None, **arrays: Any) -> BoundProgram:
+        """Return a program of ``lowered`` that can run, with these ``arrays`` of the data."""
+        memory, members = self.memory, self.net.members
+        if "rows" in program.values:
+            arrays["rows"] = member_rows(memory.backend, program.values["rows"].shape[0] // members, members)
+        arrays |= {"counters": self.counters, "stats": self.stats}
+        return BoundProgram(program, memory, workspace or self.workspace, arrays)
 
     def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         """Copy each batch of ``arrays`` in, run it, and yield its first row and the row after its last."""
@@ -209,7 +205,7 @@ class ForwardPass:
         ``decays``: do not count units that weight decay has emptied, which cost the network nothing.
         """
         rows = self.rows_for(len(X))
-        bound = self.bind(self.net, rows, layers=layer + 1, coding=coding_of(X))
+        bound = self.bind(self.lowered(self.net, rows, layers=layer + 1, coding=coding_of(X)))
         silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         self.memory.read_evaluated(self.trained)
         for start, stop in self.batches(bound, rows, {"x": codes_of(X)}):

@@ -24,7 +24,7 @@ from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined,
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.own_loss import own_evaluation
 from fusemlp.runtime.scaling import Scaling
-from fusemlp_kernels.contract import NEEDS_Z, LossSpec, UpdateRule
+from fusemlp_kernels.contract import LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 # Elements of the widest activation of the points that a CPU takes at a time: they stay in its cache.
@@ -80,26 +80,26 @@ class _Lines:
         self.sums, sums = room("real", width, pitch, rows)
         place, _ = room("compute", 1, multiple, count)
         backend.copy_into(place, points.astype(passes.real)[:, None])
-        # the program goes on behind the product where the rest of the layer is a call of its own
-        cut = 0 in net.cut_layers
-        activation = Activation("identity") if cut else net.activations[0]
-        names = ["u1"] if cut else ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
-        hidden = {name: room("compute", width, pitch, count * rows) for name in names}
+        inner = passes.lowered(net, count * rows, gradient=1)
+        # the output of the product alone where the rest of the layer is a call of its own
+        given = [name for name in ("u1", "h1", "z1") if name in inner.values and inner.values[name].kind == "data"]
+        hidden = {name: room("compute", width, pitch, count * rows) for name in given}
         whole = {name: backend.view(flat, 0, (count, long), long) for name, (_, flat) in hidden.items()}
+        activation = Activation("identity") if "u1" in whole else net.activations[0]
         self._spread = backend.bind(
             "linear",
             x=place,
             w=backend.view(step, 0, (long, 1), 1),
             b=start,
-            y=whole[names[0]],
+            y=whole[given[0]],
             activation=activation.name,
             slope=activation.fixed_slope or 0.0,
             **({"slope_param": memory.arrays["s0"]} if activation.name == "prelu" else {}),
             **({"z": whole["z1"]} if "z1" in whole else {}),
         )
         workspace, arrays = Workspace(backend), {name: view for name, (view, _) in hidden.items()}
-        self._inner = passes.bind(net, count * rows, gradient=1, arrays=arrays, workspace=workspace)
-        dtype, dz = placement(self._inner.program.structure, memory.layout, row_multiple=multiple).places["dz1"]
+        self._inner = passes.bind(inner, workspace, **arrays)
+        dtype, dz = placement(inner.structure, memory.layout, row_multiple=multiple).places["dz1"]
         gradients = backend.view(workspace.arena(dtype, 0), dz.offset, (count, long), long)
         self._sum = backend.bind(
             "grad_weight",
