@@ -24,6 +24,7 @@ import joblib
 import numpy as np
 from sklearn import config_context, get_config
 from sklearn.base import clone, is_classifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
@@ -32,7 +33,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from fusemlp.datasets.rows import available_memory
-from fusemlp.describe.checks import as_kind
+from fusemlp.describe.checks import as_kind, caller_level
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, signature, train_together
 from fusemlp.inputs.arrays import Array
@@ -42,7 +43,7 @@ from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import STOCHASTIC
-from fusemlp.sklearn.solvers import SklearnPolicy, warn_unconverged
+from fusemlp.sklearn.solvers import ENDS, SklearnPolicy, warn_unconverged
 from fusemlp.training.loop import EpochLoop
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -339,10 +340,13 @@ class _FleetSearch(BaseSearchCV):
             self.estimator, self._given = clone(template), (template, X, y, params)
             # the clone that scikit-learn makes of it is asked for the fits
             self.estimator.__sklearn_clone__ = partial(getattr, self, "estimator")
+        ends: list[str | None] = []
+        noting = ENDS.set(ends)
         try:
             with here:
                 super().fit(X, y, **params)
         finally:
+            ENDS.reset(noting)
             if shares:
                 # the default scorer keeps the pipeline
                 self.estimator.memory = None
@@ -350,6 +354,12 @@ class _FleetSearch(BaseSearchCV):
             del self._given
         if shares and self.refit:
             self.best_estimator_.memory = None
+        if messages := list(filter(None, ends)):
+            many = f" {len(messages)} of the {len(ends)} fits of this {type(self).__name__} ended so: raise max_iter."
+            # one alone if the folds were fitted in other processes
+            warnings.warn(
+                f"{messages[0]}{many if len(ends) > 1 else ''}", ConvergenceWarning, stacklevel=caller_level()
+            )
         return self
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:

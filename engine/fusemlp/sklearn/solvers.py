@@ -1,25 +1,16 @@
-"""The solvers of scikit-learn's estimators: stochastic ones, L-BFGS, and the warning that a fit has not converged.
-
-A fit cannot be told that a search has called it, so it finds the search among its callers. The fit of the best
-candidate, a search's last, gives the warning, and with ``refit=False`` the first such fit does. Fits in other processes
-or threads know of no search.
-"""
+"""The solvers of scikit-learn's estimators: stochastic ones, L-BFGS, and the warning that a fit has not converged."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import scipy.optimize
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils.optimize import _check_optimize_result
 
 from fusemlp.callbacks.forms import deferred_interrupt
@@ -239,54 +230,14 @@ def minimise(policy: SklearnPolicy) -> None:
     fit_ended(str(messages[0].message) if messages else None, stacklevel=5)
 
 
-# The messages of a search's fits, None of those that converged, by an object that lives as long as a call of ``fit``.
-_ends: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
+# The messages of the fits of a search of fleets, None of those that converged; None outside one.
+ENDS: ContextVar[list[str | None] | None] = ContextVar("ENDS", default=None)
 
 
 def fit_ended(message: str | None, *, stacklevel: int) -> None:
-    """Warn with ``message``, or None of a fit that converged; in a search note it."""
-    around = _search_around()
-    if around is None:
-        if message is not None:
-            warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
-        return
-    search, call, in_fold = around
-    ends = _ends.setdefault(call, [])
-    ends.append(message)
-    if search.refit and not in_fold:
-        messages = [message for message in _ends.pop(call) if message is not None]
-        if messages:
-            fits = f"{len(messages)} of the {len(ends)} fits of this {type(search).__name__}"
-            # one alone if the folds were fitted in other processes
-            _warn(messages[0] if len(ends) == 1 else f"{messages[0]} {fits} ended so: raise max_iter.")
-    elif not search.refit and message is not None and len(ends) - ends.count(None) == 1:
-        _warn(f"{message} Other fits of this {type(search).__name__} that end so give no warning.")
-
-
-def _search_around() -> tuple[Any, Any, bool] | None:
-    """Return the search that called the calling fit, its clone of the estimator, and whether the fit is in a fold."""
-    in_fold = False
-    for frame in _callers():
-        name = frame.f_code.co_name
-        if name == "fit" and isinstance(search := frame.f_locals.get("self"), BaseSearchCV):
-            # scikit-learn clones the estimator at each call
-            return search, frame.f_locals["base_estimator"], in_fold
-        in_fold = in_fold or name == "_fit_and_score"
-    return None
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _warn(message: str) -> None:
-    """Warn at the line outside the libraries that called the search."""
-    level = 2
-    for frame in _callers():
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("fusemlp", "sklearn", "joblib", "contextlib"):
-            break
-        level += 1
-    warnings.warn(message, ConvergenceWarning, stacklevel=level)
+    """Warn with ``message``, or None of a fit that converged; in a search of fleets note it."""
+    ends = ENDS.get()
+    if ends is not None:
+        ends.append(message)
+    elif message is not None:
+        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
