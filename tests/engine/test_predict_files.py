@@ -6,11 +6,14 @@ Text that a spreadsheet would run as a formula has an apostrophe in front, in al
 import csv
 import io
 import sys
+import tracemalloc
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 
+from fusemlp.cli import model as of_runs
 from fusemlp.cli.model import SUFFIXES
 from fusemlp.datasets.load import load_data
 from fusemlp.report.runs import Run, csv_bytes, read_columns
@@ -207,6 +210,19 @@ def test_formulas_get_an_apostrophe_and_numbers_stay():
     assert len(notes) == 1
     # a carriage return begins no row, and its rest no cell
     assert list(csv.reader(io.StringIO(csv_bytes([["a\r=1", "b"]]).decode(), newline=""))) == [["a\r=1", "b"]]
+
+
+def test_rows_are_written_without_all_their_cells_at_once(monkeypatch):
+    monkeypatch.setattr(of_runs, "BLOCK", 1000)
+    columns = {"id": pyarrow.array([f"row {index}" for index in range(30_000)]), "p": np.arange(30_000) / 7}
+    tracemalloc.start()
+    try:
+        content = of_runs.table_bytes("out.csv", columns, [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # the content while it grows and once more, as bytes; the cells of all rows would take more than 200 bytes a row
+    assert len(content) < 32 * 30_001 and peak < 4 * len(content)
 
 
 def test_the_files_of_a_run(tmp_path, capsys):

@@ -7,9 +7,10 @@ import gzip
 import io
 import lzma
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, UseOptions
 from fusemlp.cli.output import check_output, show, write_made
 from fusemlp.cli.session import options_of, prepared_data
+from fusemlp.datasets.cells import BLOCK
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
@@ -89,8 +91,8 @@ def predict(options: PredictOptions) -> None:
     ids: dict[str, Any] = {}
     reads = options.reading(config, notes) | {"carried": carried, "typed": out.suffix.lower() in TYPED}
     reads["ignore_unused"] |= options.with_data
-    features = load_features(data, preprocessor, ids=ids, **reads)
-    X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
+    codes = engine.inputs.reads_codes
+    X = network_inputs(preprocessor, load_features(data, preprocessor, ids=ids, **reads), engine.precision, codes=codes)
     beside = metrics.distribution(engine, preprocessor, X)
     predicted = metrics.predictions(engine, preprocessor, X)
     more: dict[str, Array] = {}
@@ -150,18 +152,18 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
     return held
 
 
-def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict[str, list[Any]]:
+def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict[str, Sequence[Any] | Array]:
     """Return the predictions (rows, ...) by the names of a table's columns."""
     classes = preprocessor.classes or preprocessor.targets
-    columns: list[tuple[str, list[Any]]] = []
+    columns: list[tuple[str, Sequence[Any] | Array]] = []
     for name, values in predicted.items():
         if name == "in_set":
             sets_of = ([str(label) for label, inside in zip(classes, row, strict=True) if inside] for row in values)
             columns.append(("set", ["|".join(labels) for labels in sets_of]))
         elif name == "probabilities":
-            columns += zip([f"probability_{label}" for label in classes], values.T.tolist(), strict=True)
+            columns += zip([f"probability_{label}" for label in classes], values.T, strict=True)
         else:
-            targets = values.reshape(len(values), -1).T.tolist()
+            targets = values.reshape(len(values), -1).T
             names = [name] if len(targets) == 1 else [f"{name}_{target}" for target in preprocessor.targets]
             columns += zip(names, targets, strict=True)
     return dict(columns)
@@ -203,8 +205,8 @@ def table_bytes(name: str, columns: Mapping[str, Any], notes: list[str]) -> byte
         write = parquet.write_table if ARROW[suffix] == "parquet" else feather.write_feather
         write(pyarrow.table(dict(columns)), stream)
         return stream.getvalue()
-    lists = [column.to_pylist() if hasattr(column, "to_pylist") else list(column) for column in columns.values()]
-    rows = [[*columns], *zip(*lists, strict=True)]
+    # a row at a time: of millions the cells would take gigabytes
+    rows = chain([[*columns]], zip(*map(_cells, columns.values()), strict=True))
     if suffix != ".xlsx":
         return csv_bytes(rows, notes, "\t" if suffix == ".tsv" else ",")
     book = excel(name).Workbook(write_only=True)
@@ -213,6 +215,13 @@ def table_bytes(name: str, columns: Mapping[str, Any], notes: list[str]) -> byte
         sheet.append([*map(_excel_cell, row)])
     book.save(stream)
     return stream.getvalue()
+
+
+def _cells(column: Any) -> Iterator[Any]:
+    """Return the cells of a column of Python, NumPy or Arrow as Python's."""
+    for start in range(0, len(column), BLOCK):
+        piece = column[start : start + BLOCK]
+        yield from piece.to_pylist() if hasattr(piece, "to_pylist") else np.asarray(piece, object).tolist()
 
 
 # A terminal is too narrow for the confusion matrix of more classes.

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -217,19 +218,21 @@ def guarded(cell: Any) -> Any:
 
 def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None, sep: str = ",") -> bytes:
     """Return rows of ``guarded`` cells as the content of a CSV file; ``notes`` takes a line if any has changed."""
-    stream, changed = io.StringIO(newline=""), False
+    content, changed = bytearray(), False
+
+    def write(line: str) -> None:
+        content.extend(f"{line.removesuffix(end)}\n".encode(errors="backslashreplace"))
+
     # a carriage return is quoted only where lines end with one; an unquoted one would begin a row
-    writer = csv.writer(stream, lineterminator="\r\n", delimiter=sep)
+    end = "\r\n"
+    writer = csv.writer(SimpleNamespace(write=write), lineterminator=end, delimiter=sep)
     for row in map(list, rows):
         cells = [guarded(cell) for cell in row]
         changed |= cells != row
         writer.writerow(cells)
-        stream.seek(stream.tell() - len("\r\n"))
-        stream.write("\n")
-    stream.truncate()
     if notes is not None and changed:
         notes.append("an apostrophe stands in front of text that a spreadsheet would run as a formula")
-    return stream.getvalue().encode(errors="backslashreplace")
+    return bytes(content)
 
 
 def write_columns(run: Run, records: Sequence[Mapping[str, Any]]) -> None:
