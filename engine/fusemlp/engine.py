@@ -52,6 +52,8 @@ KERAS = {
     "get_weights": "it is called state_dict here: a mapping from names such as '0.weight' to arrays",
     "set_weights": "it is called load_state_dict here",
     "layers": "engine.network has sizes, activations and dropouts; summary() prints the layers",
+    "lr": "it is called learning_rate here; callbacks change it by engine.set_learning_rate(0.001)",
+    **dict.fromkeys(("trainable", "freeze"), "give Adam(per_parameter={'0.*': ParameterOptions(trainable=False)})"),
     "count_params": "it is engine.network.parameter_count",
     "metrics_names": "evaluate and history.history have the names as keys",
     **dict.fromkeys(("to", "cuda", "cpu"), "the device is chosen when it is made: Engine(net, device='cuda:0')"),

@@ -254,7 +254,7 @@ TABLE = [
     (built(optimizer="sdg"), ArgumentError, r"^optimizer: .*'sdg'; did you mean 'sgd'\?"),
     (built(loss=CrossEntropy(class_weight=[1, 2])), ShapeError, r"^class_weight: expected 3 weights.*got 2"),
     (lambda *_: Engine(MLP([4, 1])), ArgumentError, r"^loss: .*at least 2 outputs.*has 1; widen"),
-    (built(loss="bce"), ArgumentError, r"^loss: .*'bce'; .*'binary_cross_entropy'"),
+    (built(loss="binary_entropy"), ArgumentError, r"^loss: .*'binary_entropy'; .*'binary_cross_entropy'"),
     (lambda *_: Engine([4, 3]), ArgumentTypeError, r"^net: .*MLP\(\[.*got \[4, 3\]"),
     (built(batch_size=0), ArgumentError, r"^batch_size: .*at least 1, got 0"),
     (built(batch_size=-1), ArgumentError, r"^batch_size: .*got -1"),

@@ -541,6 +541,7 @@ NOT_FITTED = [
         r"monitor: 'val_loss' is not among what this fit logs \(loss, accuracy, learning_rate\); give validation_data",
     ),
     (lambda: EarlyStopping("auc"), r"monitor: 'auc' is not among"),
+    (lambda: EarlyStopping("acuracy"), r"monitor: 'acuracy' is not among .*\); did you mean 'accuracy'\?"),
     (lambda: ModelCheckpoint("m.safetensors", save_best_only=True), "monitor: 'val_loss'"),
     (lambda: ModelCheckpoint("{val_loss}.safetensors"), r"filepath: the fields .* \('val_loss'\); there are"),
     (lambda: ModelCheckpoint("{epoch:q}.safetensors"), "filepath: the fields .* cannot be filled in"),

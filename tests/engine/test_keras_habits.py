@@ -12,6 +12,7 @@ import pytest
 import fusemlp
 import fusemlp.sklearn
 from fusemlp import MLP, ArgumentError, Engine
+from fusemlp.describe import losses
 from fusemlp.describe.checks import bytes_text
 from fusemlp.engine import KERAS
 from fusemlp.fleet import fleet
@@ -276,6 +277,15 @@ def test_a_method_of_keras_is_an_error_that_names_ours(name):
     assert not hasattr(engine, name)
     with pytest.raises(AttributeError, match=f"Engine has no attribute '{name}': "):
         getattr(engine, name)
+    # in a script that is taken over it would do nothing
+    with pytest.raises(AttributeError, match=f"Engine has no attribute '{name}': "):
+        setattr(engine, name, 0.1)
+
+
+def test_names_of_losses_of_other_libraries_are_those_of_ours():
+    for name, loss in losses._NAMES_ELSEWHERE.items():
+        assert name not in losses.LOSSES and losses.as_loss(name) == losses.LOSSES[loss]()
+    assert losses.as_loss("binary_crossentropy") == losses.BinaryCrossEntropy()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +313,8 @@ def test_a_name_of_a_door_is_an_error_that_names_it(door):
 def test_missing_attributes_stay_what_they_were():
     with pytest.raises(AttributeError, match="'Engine' object has no attribute 'nonsense'"):
         make().nonsense  # noqa: B018
+    with pytest.raises(AttributeError, match=r"Optimizer has no attribute 'learning_rate': it is called lr"):
+        make().optimizer.learning_rate  # noqa: B018
     with pytest.raises(AttributeError, match="MLP has no attribute 'fit': a network is a description"):
         NET.fit  # noqa: B018
     assert pickle.loads(pickle.dumps(NET)) == NET

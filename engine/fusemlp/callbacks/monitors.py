@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, takes, tell
+from fusemlp.describe import checks
 from fusemlp.describe.checks import as_count, as_kind, as_number, as_path, check_choice, check_flag, counted, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
@@ -36,9 +37,10 @@ class Monitor(Watching):
 
     def check_logs(self, names: Sequence[str]) -> None:
         if self.monitor not in names:
-            validation = "; give validation_data to fit" if self.monitor.startswith("val_") else ""
+            validates = not self.monitor.startswith("val_") or "val_loss" in names
+            mend = checks.meant([self.monitor], names) if validates else "; give validation_data to fit"
             raise ArgumentError(
-                f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){validation}. If a "
+                f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){mend}. If a "
                 f"callback before this one adds it to the logs, let that one say so: writes = ({self.monitor!r},)"
             )
 

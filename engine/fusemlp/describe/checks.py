@@ -247,7 +247,7 @@ def _refusal(name: str, elsewhere: Mapping[str, str], known: list[str]) -> str:
 
 
 class _Absent:
-    """An attribute that is not there: an AttributeError with a sentence.
+    """An attribute that is not there, to read or to set: an AttributeError with a sentence.
 
     A ``__getattr__`` would slow every attribute of the class down.
     """
@@ -257,6 +257,8 @@ class _Absent:
 
     def __get__(self, instance: object, owner: type) -> Any:
         raise AttributeError(self.text)
+
+    __set__ = __get__
 
 
 def names_absent(cls: Any, elsewhere: Mapping[str, str]) -> None:

@@ -31,7 +31,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count, as_number, check_choice, knows_names_of
+from fusemlp.describe.checks import as_count, as_number, check_choice, knows_names_of, names_absent
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, OpenFraction, Positive
 from fusemlp.describe.network import MLP
@@ -510,6 +510,7 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "it is called accumulate here",
     "decay": "lr takes a schedule: Adam(lr=Exponential(0.001, gamma=0.999))",
 }
+names_absent(Optimizer, {"learning_rate": "it is called lr; callbacks change it by engine.set_learning_rate(0.001)"})
 for _cls in OPTIMIZERS.values():
     knows_names_of(_cls, _ELSEWHERE)
 
