@@ -186,7 +186,9 @@ def test_a_resumed_fit_follows_the_same_quantity(tmp_path):
     assert again.history == whole.history and again.best_epoch == whole.best_epoch
 
 
-@pytest.mark.parametrize(("best", "waits"), [(0, 8), (11, 8), (12, 9), (15, 11), (16, 12), (28, 20), (29, 20), (60, 20)])
+@pytest.mark.parametrize(
+    ("best", "waits"), [(0, 8), (11, 8), (12, 9), (15, 11), (16, 12), (28, 20), (29, 20), (60, 20)]
+)
 def test_auto_early_stopping_waits_two_thirds_of_the_epochs_up_to_the_best(tmp_path, best, waits):
     X, y, Xv, yv = TUMOUR
     looks = count(-1)  # the first look is at the untrained network
