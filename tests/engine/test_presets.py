@@ -9,7 +9,7 @@ from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables import recipe as presets
-from fusemlp.tables.defaults import with_preset
+from fusemlp.tables.defaults import with_batch, with_preset
 from make import assert_same, frame, read, refusal, rows, run
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
@@ -119,6 +119,27 @@ def test_batches_grow_with_the_rows():
 def prepared(folder, **given):
     options = {"target": "value", "scale": "robust", "log_target": False, "backend": "numpy", "preset": "tabm"}
     return prepared_data(TrainOptions(data=str(table(folder / "data.csv", target="value")), **{**options, **given}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "steps"),
+    [
+        (14_999, {}, (32, None, None)),
+        (15_000, {}, (128, 0.0015, 0.99)),
+        (60_000, {"optimizer": "adamw"}, (256, None, 0.99)),
+        (15_000, {"ema": 0.0}, (128, 0.0015, 0.0)),
+        (15_000, {"batch_size": 64}, (64, None, None)),
+        # a rate belongs to the rows of a step
+        (15_000, {"lr": 0.01}, (32, 0.01, None)),
+        (60_000, {"lr": 0.01}, (256, 0.01, 0.99)),
+        (60_000, {"optimizer": "sgd"}, (32, None, None)),
+        (60_000, {"adversarial": "pgd"}, (32, None, None)),
+        (60_000, {"dp_epsilon": 3.0}, (32, None, None)),
+    ],
+)
+def test_large_tables_take_more_rows_a_step_with_a_rate_and_an_average(rows, given, steps):
+    recipe = with_batch(presets.TableRecipe(**given), rows)
+    assert (recipe.batch_size, recipe.lr, recipe.ema) == steps
 
 
 def test_what_is_given_stays(tmp_path):

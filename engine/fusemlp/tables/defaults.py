@@ -93,11 +93,16 @@ def with_class_decay(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 
 def with_batch(recipe: Recipe, rows: int) -> Recipe:
-    """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
+    """Return the recipe with the rows of a step, its rate and average; ``rows``: see ``with_preset``."""
     if recipe.batch_size is not None:
         return recipe
-    large = rows >= recipes.MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
-    return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
+    sizes = recipes.LARGE_BATCHES if recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe) else ()
+    for least, size, rate in sizes:
+        # a given rate belongs to the usual rows of a step
+        if rows >= least and (rate is None or recipe.lr is None):
+            average = recipes.AVERAGE if recipe.ema is None else recipe.ema
+            return replace(recipe, batch_size=size, lr=recipe.lr or rate, ema=average)
+    return replace(recipe, batch_size=recipes.BATCH)
 
 
 def with_preset(recipe: Recipe, rows: int, *, classify: bool, validates: bool = True) -> tuple[Recipe, int, list[str]]:

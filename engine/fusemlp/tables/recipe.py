@@ -110,8 +110,12 @@ def run_folders(incomplete: str) -> list[str]:
 DEFAULT_WIDTH = 128
 # Epochs at most of a table and of other data.
 TABLE_EPOCHS, DEFAULT_EPOCHS = 200, 60
-# Rows a step, and those of Adam in a table of many rows beside the test rows.
-BATCH, MANY_ROWS, LARGE_BATCH = 32, 60_000, 256
+# Rows a step. In a table of this many rows, beside the test rows, Adam takes more, at this rate or the usual one,
+# and validates and keeps an average of the weights.
+BATCH, LARGE_BATCHES, AVERAGE = 32, ((60_000, 256, None), (15_000, 128, 0.0015)), 0.99
+_LARGER = " and ".join(
+    f"of {rows:,} rows {size}" + (f" with --lr {rate:g}" if rate else "") for rows, size, rate in LARGE_BATCHES[::-1]
+)
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
 CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
@@ -141,7 +145,7 @@ TABM: dict[str, Any] = {
     "activation": "silu",
     "optimizer": "adamw",
     "lr": 2e-3,
-    "ema": 0.99,
+    "ema": AVERAGE,
     "early_stopping": 10,
     "batch_size": 256,
 }
@@ -177,7 +181,7 @@ class StepRecipe:
     )
     batch_size: Any = _training(
         None,
-        f"Rows a step ({BATCH}; of adam and adamw {LARGE_BATCH} in tables of {MANY_ROWS:,} rows, test rows apart).",
+        f"Rows a step ({BATCH}; of adam and adamw in tables {_LARGER}, test rows apart).",
         kind=int | None,
     )
     precision: str = _machine("fp32", "{}.", values=PRECISIONS)
@@ -273,7 +277,7 @@ class ModelRecipe(StepRecipe):
     ema: float | None = _optimizer(
         None,
         "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none, "
-        "the default but for preset tabm.",
+        f"the default but for preset tabm and tables of {LARGE_BATCHES[-1][0]:,} rows.",
     )
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
