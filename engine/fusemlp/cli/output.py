@@ -29,6 +29,7 @@ from fusemlp.report.metrics import scalars
 from fusemlp.report.plots import picture
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp.runtime.ranks import started
 from fusemlp.tables.defaults import most_epochs
 from fusemlp.tables.recipe import one_of
 from fusemlp_kernels.errors import ArgumentError, DataError, DistributedError, FusemlpError
@@ -79,8 +80,10 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def going_on(command: str, run: Path) -> str:
-    """Return the command that goes on with a run or a sweep."""
-    return command_line(["fusemlp", command, "--resume", str(run)])
+    """Return the command that goes on with a run or a sweep, by as many processes as torchrun has started here."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    ranks = ["torchrun", "--nproc-per-node", count, "-m"] if started() else []
+    return command_line([*ranks, "fusemlp", command, "--resume", str(run)])
 
 
 @contextmanager

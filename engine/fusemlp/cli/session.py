@@ -296,7 +296,7 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
         except OSError:
             # on a full disk: the same command works again
             if not run.config.exists():
-                runs.discard_begun(run)
+                runs.discard(run, run.checkpoint("start"), run.columns, run.training_rows)
             raise
         if tracker is not None:
             output.note_id(run, session.options, tracker)

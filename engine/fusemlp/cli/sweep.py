@@ -35,7 +35,7 @@ from fusemlp.fleet.results import (
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import headline, verdict
 from fusemlp.report.plots import Varied, literal, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard
 from fusemlp.report.uncertainty import judged
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.training import Trained, record_of
@@ -89,8 +89,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     except BaseException:
         # Remove the empty folder, so that the same command works again.
         if options.resume is None and not vary.read_journal(str(run.path))[2]:
-            journal.unlink(missing_ok=True)
-            discard_if_empty(run, itself=is_new_folder)
+            discard(run, journal, itself=is_new_folder)
         raise
     seconds = time.perf_counter() - began
     write_results(plan, run, members)

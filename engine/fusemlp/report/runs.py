@@ -138,25 +138,15 @@ def unlock() -> None:
         os.close(_locks.pop())
 
 
-def discard_if_empty(run: Run, *, itself: bool) -> None:
-    """Remove the empty folders of ``create_run``; ``itself``: the run's own folder too."""
+def discard(run: Run, *files: Path, itself: bool = False) -> None:
+    """Remove these files of a run that has not begun, and the folders of ``create_run``; ``itself``: its own too."""
     unlock()
     with suppress(OSError):
-        (run.path / LOCK).unlink(missing_ok=True)
+        for path in (*files, run.path / LOCK):
+            path.unlink(missing_ok=True)
         run.checkpoint("last").parent.rmdir()
         if itself:
             run.path.rmdir()
-
-
-def discard_begun(run: Run) -> None:
-    """Remove what a run, perhaps killed, wrote before its ``config.json``, unless the folder holds anything else."""
-    files = [path for path in run.path.rglob("*") if not path.is_dir()]
-    begun = run.checkpoint("start"), run.columns, run.training_rows, run.path / LOCK
-    if all(path in begun or path.match(".*.tmp") for path in files):
-        unlock()
-        for path in files:
-            path.unlink()
-        discard_if_empty(run, itself=False)
 
 
 def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
