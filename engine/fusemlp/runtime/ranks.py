@@ -101,31 +101,6 @@ def _leave(dist: Any) -> None:
         dist.destroy_process_group()
 
 
-def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
-    """Return a name that these ranks have in common, and no others.
-
-    torchrun keeps one store over its restarts, and in it what ranks have written that are gone, such as their
-    addresses. So each rank but 0 asks with a number drawn now, and rank 0 answers whatever number it finds until all
-    have said its own.
-    """
-    name = os.urandom(8).hex()
-    if rank:
-        store.set(f"fusemlp/asks/{rank}", name)
-        agreed: str = store.get(f"fusemlp/answer/{name}").decode()
-        store.set(f"fusemlp/{agreed}/{rank}", "")
-        return agreed
-    missing, end = set(range(1, world)), time.monotonic() + timeout
-    while missing:
-        for other in missing:
-            if store.check([f"fusemlp/asks/{other}"]):
-                store.set(f"fusemlp/answer/{store.get(f'fusemlp/asks/{other}').decode()}", name)
-        time.sleep(0.01)
-        missing = {other for other in missing if not store.check([f"fusemlp/{name}/{other}"])}
-        if missing and time.monotonic() > end:
-            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come")
-    return name
-
-
 # those of this process by their time limit
 _known: dict[float, Ranks] = {}
 _all: weakref.WeakSet[Ranks] = weakref.WeakSet()
@@ -233,9 +208,7 @@ class Ranks(Single):
         notice.start()
         try:
             if not dist.is_initialized():
-                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-                store = dist.PrefixStore(_agreed(store, rank, world, timeout), store)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+                dist.init_process_group("gloo", timeout=limit)
                 # at the end of Python its threads now and then abort the process, whose exit code is lost
                 atexit.register(_leave, dist)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
