@@ -292,7 +292,7 @@ app = typer.Typer(
 
 # The module of a command, which has a function of its name, unless that is its name too.
 MODULES = {
-    **dict.fromkeys(("evaluate", "predict", "export"), "model"),
+    **dict.fromkeys(("evaluate", "predict", "report", "export"), "model"),
     **dict.fromkeys(("lr_find", "doctor", "plan", "explain"), "probes"),
     "plot": "runs",
     "completion": "app",

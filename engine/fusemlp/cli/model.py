@@ -1,4 +1,4 @@
-"""The model of a run: ``fusemlp evaluate``, ``predict`` and ``export``."""
+"""The model of a run: ``fusemlp evaluate``, ``predict``, ``report`` and ``export``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, UseOptions
-from fusemlp.cli.output import check_output, show, write_made
+from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, ReportOptions, UseOptions
+from fusemlp.cli.output import check_output, finite, show, write_made
+from fusemlp.cli.report import write_page
 from fusemlp.cli.session import options_of, prepared_data
 from fusemlp.datasets.cells import BLOCK
 from fusemlp.datasets.load import load_features, load_labelled
@@ -30,7 +31,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load
 from fusemlp.fleet.results import members
 from fusemlp.inputs.arrays import Array
-from fusemlp.report import metrics
+from fusemlp.report import metrics, runs
 from fusemlp.report.evidence import certify, guarantee_lines, guarantees
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_graph import has_words
@@ -298,6 +299,25 @@ def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
             "give the rows to judge it on: --data FILE"
         )
     return prepared
+
+
+def report(options: ReportOptions) -> None:
+    """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
+    run = Run(options.run)
+    scores = read_json(run.report)
+    notes: list[str] = []
+    engine, preprocessor, config = open_model(before_final_fit(options, notes))
+    prepared = own_data(config, preprocessor)
+    # what the training tried is not tried again
+    tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
+    prepared = replace(prepared, tried=tried)
+    test, tested = prepared.test, None
+    if test is not None and not scores.get("diverged"):
+        figures, tested = metrics.score(engine, preprocessor, test.X, test.labels, test.weight)
+        scores["test"] = finite(figures)
+    write_page(run, engine, prepared, scores, runs.read_history(run), tested)
+    content = {"run": str(run.path), "report": str(run.page), "notes": notes}
+    show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
 
 def export(options: ExportOptions) -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusemlp._version import commit
 from fusemlp.callbacks import progress
-from fusemlp.cli.model import before_final_fit, open_model, own_data
-from fusemlp.cli.options import ReportOptions
-from fusemlp.cli.output import command_line, finite, show, write_made, write_picture
+from fusemlp.cli.output import command_line, finite, write_made, write_picture
 from fusemlp.cli.session import Session
 from fusemlp.describe.checks import counted
 from fusemlp.describe.metrics import Judged
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence, guarantee_lines
-from fusemlp.report.metrics import headline, score, spelled, verdict
+from fusemlp.report.metrics import headline, spelled, verdict
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.runs import Run, joint, read_columns, read_history, read_json, write_json, write_training_rows
+from fusemlp.report.runs import Run, joint, read_columns, read_json, write_json, write_training_rows
 from fusemlp.report.uncertainty import Temperature, scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
@@ -105,25 +102,6 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
         )
     # the error message has a divergence
     return lines + [str(Finding(**finding)) for finding in report["diagnosis"] if finding["name"] != "divergence"]
-
-
-def report(options: ReportOptions) -> None:
-    """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
-    run = Run(options.run)
-    scores = read_json(run.report)
-    notes: list[str] = []
-    engine, preprocessor, config = open_model(before_final_fit(options, notes))
-    prepared = own_data(config, preprocessor)
-    # what the training tried is not tried again
-    tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
-    prepared = replace(prepared, tried=tried)
-    test, tested = prepared.test, None
-    if test is not None and not scores.get("diverged"):
-        figures, tested = score(engine, preprocessor, test.X, test.labels, test.weight)
-        scores["test"] = finite(figures)
-    write_page(run, engine, prepared, scores, read_history(run), tested)
-    content = {"run": str(run.path), "report": str(run.page), "notes": notes}
-    show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
 
 def write_page(

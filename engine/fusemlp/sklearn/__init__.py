@@ -12,7 +12,7 @@ Differences, apart from what the estimators add:
 - A batch whose sample weights are all zero updates nothing; scikit-learn ends with a ZeroDivisionError.
 - Negative targets of the Poisson loss are refused, and a call that is refused leaves a fitted model as it was.
 - ``partial_fit`` and warm starts with layers of other sizes raise a ValueError that names the sizes.
-- A search gives one ConvergenceWarning, which counts the fits.
+- A search of fleets gives one ConvergenceWarning, which counts the fits.
 - On a machine with a GPU models train there in fp32, unless ``backend="numpy"``.
 """
 
