@@ -293,6 +293,8 @@ def test_the_tables_features_are_walked():
         *("columns", "hidden", "no hidden layer", "output activation"),
         # test_cli.py and test_cli_transfer.py
         *("dp_epsilon", "probed", "time_limit"),
+        # tests/distributed/test_commands.py
+        "final_fit",
         # tests/doors/test_table_doors.py
         *("gaps", "trained gaps", "sweep", "several targets", "quantiles", "return_std"),
         *(name for one in FEATURES.values() for name in one.implies),

@@ -24,6 +24,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table, read_names
 from fusemlp.describe.checks import aligned, counted, listed
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
@@ -312,12 +313,5 @@ def data_of(options: DataOptions) -> str:
 
 def check_ranks(options: TrainOptions) -> None:
     """Raise ArgumentError for what several processes do not train together."""
-    reason = ""
-    if (options.models or 1) > 1:
-        reason = f"models: several processes train one model together, got {options.models}; give --models 1"
-    elif options.time_limit is not None:
-        reason = "time_limit: each process would decide by its own time; leave it out, and give --epochs"
-    elif options.final_fit:
-        reason = "final_fit: it is for a training in one process; leave it out"
-    if started() and reason:
-        raise ArgumentError(reason)
+    models = options.models if (options.models or 1) > 1 else None
+    check_together(in_use(ranks=started(), models=models, time_limit=options.time_limit, final_fit=options.final_fit))

@@ -86,6 +86,9 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
+    ("ranks", "models"): "models: several processes train one model together, got {models}; give --models 1",
+    ("ranks", "time_limit"): "time_limit: each process would decide by its own time; leave it out, and give --epochs",
+    ("ranks", "final_fit"): "final_fit: it is for a training in one process; leave it out",
     # plans that leave something out: forward and back as one launch, many steps on the whole card, or by model
     **{
         (feature, f"{plan} plan"): f"plan: the {plan} kernel {words}, got {plan!r}; use plan='auto'"
