@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields
 from functools import partial
@@ -149,31 +149,6 @@ Rows = Sequence[tuple[str, str]]
 _wrapper = partial(TextWrapper, break_long_words=False, break_on_hyphens=False)
 
 
-def of_program(about: str, commands: Mapping[str, str], options: Iterable[Any]) -> str:
-    """Return the help of the program from the help of each of its commands."""
-    groups = {title: [(name, _opening(commands[name], "\n\n")) for name in names] for title, names in GROUPS.items()}
-    rest = "fusemlp COMMAND --help shows the options of a command."
-    return _page("fusemlp COMMAND [OPTIONS]", about, {**groups, "Options": [*map(_row, options)]}, rest)
-
-
-def of_command(path: str, about: str, parameters: Sequence[Any], *, everything: bool) -> str:
-    """Return the help of a command with typer's ``parameters``; ``everything``: all options of a command with many."""
-    arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
-    options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
-    usage = [path, "[OPTIONS]", *(each.metavar if each.required else f"[{each.metavar}]" for each in arguments)]
-    themes: dict[str, list[tuple[str, str]]] = {}
-    for option in options:
-        # --help itself has no theme
-        themes.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(_row(option))
-    rest = ""
-    if len(options) > MOST and not everything:
-        rows = map(_row, (option for option in options if option.name in COMMON))
-        themes = {"Common options": [(name, _opening(text, ". ")) for name, text in rows]}
-        rest = f"{path} --help-all shows all {len(options)} options by theme."
-    described = {"Arguments": [(each.metavar, each.help) for each in arguments]} if arguments else {}
-    return _page(" ".join(usage), about, {**described, **themes}, rest)
-
-
 def _row(option: Any) -> tuple[str, str]:
     """Return the names of an option with the word for its value, and its explanation with the default."""
     names, default = ", ".join(sorted(option.opts, key=len)), option.default
@@ -214,8 +189,22 @@ class Command(TyperCommand):
     """A command of ``fusemlp``, whose errors for unknown options and words too many show what was meant."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        everything = ctx.meta.get(HELP_ALL, False)
-        formatter.write(of_command(ctx.command_path, self.help or "", self.get_params(ctx), everything=everything))
+        path: str = ctx.command_path
+        parameters: list[Any] = self.get_params(ctx)
+        arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
+        options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
+        usage = [path, "[OPTIONS]", *(each.metavar if each.required else f"[{each.metavar}]" for each in arguments)]
+        themes: dict[str, list[tuple[str, str]]] = {}
+        for option in options:
+            # --help itself has no theme
+            themes.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(_row(option))
+        rest = ""
+        if len(options) > MOST and not ctx.meta.get(HELP_ALL, False):
+            rows = map(_row, (option for option in options if option.name in COMMON))
+            themes = {"Common options": [(name, _opening(text, ". ")) for name, text in rows]}
+            rest = f"{path} --help-all shows all {len(options)} options by theme."
+        described = {"Arguments": [(each.metavar, each.help) for each in arguments]} if arguments else {}
+        formatter.write(_page(" ".join(usage), self.help or "", {**described, **themes}, rest))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         asked, allowed = list(args), ctx.allow_extra_args
@@ -277,8 +266,11 @@ class Group(TyperGroup):
     """The program ``fusemlp``."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        helps = {name: command.help or "" for name, command in self.commands.items()}
-        formatter.write(of_program(self.help or "", helps, self.get_params(ctx)))
+        about = {name: _opening(command.help or "", "\n\n") for name, command in self.commands.items()}
+        groups = {title: [(name, about[name]) for name in names] for title, names in GROUPS.items()}
+        rest = "fusemlp COMMAND --help shows the options of a command."
+        sections = {**groups, "Options": [*map(_row, self.get_params(ctx))]}
+        formatter.write(_page("fusemlp COMMAND [OPTIONS]", self.help or "", sections, rest))
 
 
 app = typer.Typer(
