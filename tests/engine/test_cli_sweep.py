@@ -227,10 +227,10 @@ def test_models_that_diverge_are_marked_and_come_last(tmp_path, capsys):
 def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path):
     folder = tmp_path / "sweep"
     words = ["sweep", "iris", "--vary", "seed=0:1000", "--epochs", "30", "--hidden", "4", "--out", str(folder)]
-    code = f"from fusemlp import cli\nfrom fusemlp.cli import sweep\nsweep.WRITE = 0.0\ncli.main({words})"
+    code, journal = f"from fusemlp import cli\ncli.main({words})", folder / "sweep.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not (folder / "results.csv").exists() and time.monotonic() < until:
+    while not (journal.exists() and journal.read_text().count("\n") > 1) and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
@@ -267,28 +267,33 @@ def test_quiet(tmp_path, capsys):
     assert "% of 30 test rows, a linear model on " in shown.out
 
 
-def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now))
-    done = []
+def test_what_is_shown_takes_a_twentieth_of_the_time(monkeypatch):
+    now, shown = 100.0, []
 
-    def action():
+    def table(*_, **__):
         nonlocal now
-        done.append(now)
+        shown.append(now)
         now += 2.0
+        return {"model": ["0"]}
 
-    seldom = command.Seldom(5.0)
-    for _ in range(1000):
-        seldom.do(action)
-        now += 0.1
-    assert len(done) == 3
-    assert np.diff(done).min() >= 42.0
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    monkeypatch.setattr(command, "table", table)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    plan = SimpleNamespace(options=SimpleNamespace(quiet=False), points=[{}], metric="val_loss")
+    with command.standings(plan, "") as update:
+        for _ in range(1000):
+            update([])
+            now += 0.1
+    # at the beginning, and for the models that end
+    assert len(shown) == 1 + 3
+    assert np.diff(shown[1:]).min() >= 42.0
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "54")
-    monkeypatch.setattr(command.Seldom, "do", lambda self, action: action())
+    monkeypatch.setattr(command, "REDRAW", 0.0)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter))
     options = ["--vary", "lr=0.0123456:0.1:log:2", "--vary", "hidden=8,8x8x8", "--vary", "seed=19,20"]
     assert run("sweep", "iris", *options, "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run") == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)

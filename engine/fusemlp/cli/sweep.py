@@ -44,8 +44,6 @@ from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
-# Seconds between two writes of the results so far.
-WRITE = 5.0
 # Seeds that become one network; more would make it slow.
 MOST_MERGED = 20
 # Models in the table at the end, and in the one that a terminal shows before.
@@ -201,7 +199,7 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     options = plan.options
     members = {member.index: member for member in known}
     left = [index for index in range(len(plan.points)) if index not in members]
-    seldom, interrupted = Seldom(WRITE), False
+    interrupted = False
 
     fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
     shorter = output.shorter(options, plan.epochs, fewer, validates=plan.prepared.validates)
@@ -220,7 +218,6 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
                 update(members.values())
                 listener.model(member, len(plan.points), plan.points[member.index])
                 output.record_model(options, run.path.name, member, plan.recipe(member.index), plan.epochs)
-                seldom.do(lambda: write_results(plan, run, members.values()))
 
             if left:
                 fleet = plan.fleet.part(left) if known else plan.fleet
@@ -233,22 +230,6 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     return [members[index] for index in sorted(members)], interrupted
 
 
-class Seldom:
-    """Run an action every few seconds, but for at most a twentieth of the time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.next = 0.0
-
-    def do(self, action: Callable[[], object]) -> None:
-        """Run ``action`` if it is due."""
-        began = time.monotonic()
-        if began >= self.next:
-            action()
-            ended = time.monotonic()
-            self.next = ended + max(self.seconds, 20 * (ended - began))
-
-
 @contextmanager
 def standings(plan: Plan, forecast: Forecast) -> Iterator[Callable[[Collection[Member]], None]]:
     """Yield a function that shows the best of the finished models on a terminal, and nothing elsewhere."""
@@ -259,7 +240,7 @@ def standings(plan: Plan, forecast: Forecast) -> Iterator[Callable[[Collection[M
     from rich.live import Live
     from rich.text import Text
 
-    seldom, began = Seldom(REDRAW), time.perf_counter()
+    began, due = time.perf_counter(), 0.0
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
 
         def show(members: Collection[Member]) -> None:
@@ -272,8 +253,16 @@ def standings(plan: Plan, forecast: Forecast) -> Iterator[Callable[[Collection[M
             lines = [(f"\n{line}", "" if place else "bold green") for place, line in enumerate(best)]
             live.update(Text.assemble((title, "bold"), header, *lines, no_wrap=True, overflow="crop"), refresh=True)
 
+        def update(members: Collection[Member]) -> None:
+            nonlocal due
+            if (start := time.monotonic()) >= due:
+                show(members)
+                end = time.monotonic()
+                # a twentieth of the time at most
+                due = end + max(REDRAW, 20 * (end - start))
+
         show([])
-        yield lambda members: seldom.do(lambda: show(members))
+        yield update
 
 
 def table(members: Collection[Member], plan: Plan, *, limit: int) -> dict[str, list[str]]:
