@@ -97,6 +97,7 @@ def test_a_full_disk(name, count, whole, tmp_path, monkeypatch, capsys):
         return writes.count(name) == count
 
     with monkeypatch.context() as patch:
+        patch.setattr(train, "BETWEEN", 0.0)
         full(patch, *((train, "append_metrics") if name == "metrics.csv" else (files, "replace_file")), is_it)
         assert run(*TRAINING, folder) == 1
     error = capsys.readouterr().err

@@ -18,12 +18,13 @@ from fusemlp.cli.train import Recorder
 from fusemlp.describe import checks
 from fusemlp.report.runs import create_run
 from fusemlp.runtime import files
+from make import assert_same
 
 X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
 
 
-def make():
-    return fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+def make(rate=0.001):
+    return fusemlp.Engine(fusemlp.MLP([4, 3]), optimizer=fusemlp.Adam(rate), backend="numpy", batch_size=8)
 
 
 @pytest.fixture
@@ -77,21 +78,24 @@ def test_checkpoints_of_a_run_that_are_looked_at(windows, monkeypatch, tmp_path)
     assert fusemlp.load_checkpoint(run.checkpoint("best")).epochs_trained == 2
 
 
-def test_a_file_system_without_hard_links_gets_a_second_file_and_no_further_save(monkeypatch, tmp_path):
-    """Rank 0 alone comes to a link that fails; to save again would need all ranks."""
+def test_checkpoints_of_quick_epochs_are_written_together(monkeypatch, tmp_path):
+    def write(path, data):
+        written.append(path.stem)
+        files.write_atomically(path, data)
 
-    def refuse(source, target):
-        raise PermissionError(1, "Operation not permitted", str(target))
-
-    run, saved = create_run(tmp_path / "run"), []
-    engine = make()
-    save = engine.save_checkpoint
-    monkeypatch.setattr(engine, "save_checkpoint", lambda path: (saved.append(path.stem), save(path)))
-    monkeypatch.setattr(os, "link", refuse)
-    engine.fit(X, y, epochs=1, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
-    assert saved == ["last", "best"]
-    assert run.checkpoint("best").read_bytes() == run.checkpoint("last").read_bytes()
-    assert {path.stem for path in run.checkpoint("best").parent.iterdir()} == {"best", "last"}
+    monkeypatch.setattr(train, "write_atomically", write)
+    folders, expected = [], {0.0: ["best", *["last"] * 8], 1e9: ["best", "last", "last"]}
+    for seconds in expected:
+        run, written = create_run(tmp_path / str(seconds)), []
+        monkeypatch.setattr(train, "BETWEEN", seconds)
+        stop = SimpleNamespace(on_epoch_begin=lambda engine, epoch: 1 // (8 - epoch))
+        with pytest.raises(ZeroDivisionError):
+            make(0.3).fit(X, y, epochs=9, validation_data=(X, (y + 1) % 3), callbacks=[Recorder(run, every=1), stop])
+        assert written == expected[seconds]
+        folders.append([fusemlp.load_checkpoint(run.checkpoint(name)) for name in ("best", "last")])
+    for often, seldom, epochs in zip(*folders, (1, 8), strict=True):
+        assert_same(often, seldom)
+        assert seldom.epochs_trained == epochs
 
 
 def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_path):

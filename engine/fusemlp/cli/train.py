@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -25,28 +25,34 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, append_metrics, open_run, read_json
-from fusemlp.runtime.files import replace_file, write_atomically
+from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, leading, started
 from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.recipe import given_options, name_of
+from fusemlp.training.checkpoint import checkpoint_bytes
 from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
+
+# Seconds between two writes of checkpoints.
+BETWEEN = 1.0
 
 
 class Recorder(Callback):
     """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
-    The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
-    checkpoint, so a killed run has a row for each epoch of its checkpoint; on Windows rows wait while another program,
-    such as Excel, has the file open. Ranks other than 0 have only their part in the checkpoints.
+    The checkpoint ``best`` is of the best epoch, also of a resumed run. Checkpoints that follow others by less than
+    ``BETWEEN`` seconds wait for the next or the end: a write takes as long as many epochs of a small network. The row
+    is written before the checkpoint, so a killed run has a row for each epoch of its checkpoint; on Windows rows wait
+    while another program, such as Excel, has the file open. Ranks other than 0 write nothing.
     """
 
     def __init__(self, run: Run, *, every: int) -> None:
-        self.run = run
-        self.every = every
-        # the rows that are still to be written
+        self.run, self.every = run, every
+        # the rows and the checkpoints that are still to be written
         self._rows: list[dict[str, float]] = []
+        self._waiting: dict[str, bytes] = {}
+        self._written = -BETWEEN
 
     def on_train_begin(self, engine: Engine) -> None:
         # alike on all ranks
@@ -59,20 +65,29 @@ class Recorder(Callback):
             self._write_rows()
         is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
         due = is_last or (epoch + 1) % self.every == 0
-        # The best first: a training that ends between the two goes on before this epoch, and has it again.
         is_best = engine.history is not None and engine.history.best_epoch == epoch
-        if is_best:
-            engine.save_checkpoint(self.run.checkpoint("best"))
-        if due and is_best and leading():
-            self._link_last()
-        elif due and not is_best:
-            engine.save_checkpoint(self.run.checkpoint("last"))
+        if due or is_best:
+            names = [name for name, wanted in (("best", is_best), ("last", due)) if wanted]
+            self._waiting |= dict.fromkeys(names, checkpoint_bytes(engine))
+        if is_last or time.monotonic() - self._written >= BETWEEN:
+            self._write_checkpoints()
 
     def on_train_end(self, engine: Engine, history: History) -> None:
         self._write_rows()
         if history.stopped.startswith("interrupted"):
             # Ctrl-C came between two updates: save the position inside the epoch too.
-            engine.save_checkpoint(self.run.checkpoint("last"))
+            self._waiting["last"] = checkpoint_bytes(engine)
+
+    def on_exit(self, engine: Engine) -> None:
+        self._write_checkpoints()
+
+    def _write_checkpoints(self) -> None:
+        # The best first: a training that ends between the two goes on before this epoch, and has it again.
+        for name in ("best", "last"):
+            content = self._waiting.pop(name, None)
+            if content is not None and leading():
+                write_atomically(self.run.checkpoint(name), content)
+        self._written = time.monotonic()
 
     def _write_rows(self) -> None:
         while self._rows:
@@ -88,18 +103,6 @@ class Recorder(Callback):
                     )
                 return
             del self._rows[0]
-
-    def _link_last(self) -> None:
-        """Make the checkpoint ``last`` a link to ``best``, which was just written."""
-        best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
-        temporary = last.with_name(f".{last.name}.tmp")
-        try:
-            temporary.unlink(missing_ok=True)
-            os.link(best, temporary)
-            replace_file(temporary, last)
-        except OSError:
-            # Without hard links, write a second file; to save again would need all ranks.
-            write_atomically(last, best.read_bytes())
 
 
 # The options that --resume accepts; all others keep the values of the run.

@@ -135,10 +135,16 @@ def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, An
     files.check_ending(path)
     # the folder may be on the machine of rank 0 alone
     target = target_file(path) if engine.ranks.leads else None
+    content = checkpoint_bytes(engine, extra)
+    if target is not None:
+        write_atomically(target, content)
+
+
+def checkpoint_bytes(engine: Trainer, extra: Mapping[str, Any] | None = None) -> bytes:
+    """Return the content of the file of ``save_checkpoint``; DivergenceError if the parameters are not finite."""
     content = engine_content(engine, _checked_extra(extra))
     files.check_finite(of_kind("parameter", content["tensors"]), CHECKPOINT.name)
-    if target is not None:
-        write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
+    return to_bytes(CHECKPOINT, content["config"], content["tensors"])
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
