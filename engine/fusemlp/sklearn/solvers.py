@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.optimize import _check_optimize_result
 
 from fusemlp.callbacks.forms import deferred_interrupt
+from fusemlp.describe.checks import counted
 from fusemlp.describe.optimizers import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import EstimatorBatches, HeldLoss
@@ -224,10 +224,9 @@ def minimise(policy: SklearnPolicy) -> None:
     )
     backend.copy_into(memory.params, result.x.astype(model.dtype, copy=False))
     estimator.loss_ = result.fun
-    with warnings.catch_warnings(record=True) as messages:
-        warnings.simplefilter("always", ConvergenceWarning)
-        estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
-    fit_ended(str(messages[0].message) if messages else None, stacklevel=5)
+    count = estimator.n_iter_ = min(result.nit, estimator.max_iter)
+    reason = f"lbfgs failed to converge after {counted(count, 'iteration')}: {result.message}."
+    fit_ended(f"{reason} Scale the data, or raise max_iter or max_fun." if result.status else None, stacklevel=5)
 
 
 # The messages of the fits of a search of fleets, None of those that converged; None outside one.
