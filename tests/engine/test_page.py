@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusemlp.report import evidence as evidence_module
-from fusemlp.report.metrics import plain, scalars, scored, spelled
+from fusemlp.report.metrics import in_percent, plain, scalars, scored, spelled
 from fusemlp.report.page import _drawings, _importance, page, png, svg
 from fusemlp.report.plots import Chart, Line
 from make import QUICK, output_of, read, refusal, result_of, rows, run, trained
@@ -246,6 +246,17 @@ def test_numbers_are_rounded_for_people(value, words):
 def test_a_share_near_0_has_four_decimals():
     assert (scored("r2", -2e-5), scored("rmse", 2e-5), spelled(0.00089, 0.0268)) == ("0.0000", "0.000020", "0.0009")
     assert (spelled(math.nan), spelled(math.inf)) == ("nan", "inf")
+
+
+def test_a_share_near_1_shows_its_distance():
+    for share, score, percent in (
+        (0.97731, "0.9773", "97.7%"),
+        (0.9996, "0.9996", "99.96%"),
+        (0.9999948, "0.999995", "99.9995%"),
+        (1 - 1e-12, "1.0000", "100.0%"),
+        (1.0, "1.0000", "100.0%"),
+    ):
+        assert (scored("r2", share), in_percent(share)) == (score, percent)
 
 
 def test_a_diverged_run_has_a_page_without_a_model(tmp_path):

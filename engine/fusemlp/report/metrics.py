@@ -157,8 +157,20 @@ def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
 
 
 def scored(name: str, value: float) -> str:
-    """Return a score as text: of a share, such as an accuracy, four decimals also near 0."""
-    return spelled(value, max(1.0, abs(value)) if rises(name) else None)
+    """Return a score as text: of a share, such as an accuracy, four decimals also near 0, and more near 1."""
+    if not rises(name):
+        return spelled(value)
+    return f"{value:.{_decimals(value)}f}" if _decimals(value) > 4 else spelled(value, max(1.0, abs(value)))
+
+
+def in_percent(share: float) -> str:
+    """Return a share as ``97.7%``; one below 1 is no 100%."""
+    return f"{share:.{max(1, _decimals(share) - 2)}%}"
+
+
+def _decimals(share: float) -> int:
+    """Return the decimals of a share that show its distance from 1, 0 for less than 1e-9."""
+    return -math.floor(math.log10(1.0 - share)) if 0.0 <= share <= 1.0 - 1e-9 else 0
 
 
 def spelled(value: float, beside: float | None = None) -> str:
@@ -333,10 +345,10 @@ def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], 
     if figure != "r2":
         of = rows if figure == "accuracy" else f"the rows of a class on average, {rows} in all"
         of, alone = (f"the labels of {of}", "answer to each") if "targets" in test else (of, "class")
-        line = f"right on {mine:.1%} of {of}, a linear model on {linear:.1%}"
+        line = f"right on {in_percent(mine)} of {of}, a linear model on {in_percent(linear)}"
         yield f"{line}, the most frequent {alone} alone on {least:.1%}"
     else:
-        line = f"explains {mine:.1%} of the variation in {rows}, a linear model {linear:.1%}"
+        line = f"explains {in_percent(mine)} of the variation in {rows}, a linear model {in_percent(linear)}"
         # the errors of several targets may have other units
         if "targets" not in test:
             both = test, report["baselines"]["constant"]
