@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import fusemlp
 import fusemlp.sklearn
 from fusemlp import MLP, ArgumentError, Engine
-from fusemlp.describe import losses
+from fusemlp.describe import blocks, losses, network
 from fusemlp.describe.checks import bytes_text
 from fusemlp.engine import KERAS
 from fusemlp.fleet import fleet
@@ -282,10 +283,16 @@ def test_a_method_of_keras_is_an_error_that_names_ours(name):
         setattr(engine, name, 0.1)
 
 
-def test_names_of_losses_of_other_libraries_are_those_of_ours():
-    for name, loss in losses._NAMES_ELSEWHERE.items():
-        assert name not in losses.LOSSES and losses.as_loss(name) == losses.LOSSES[loss]()
+def test_names_of_other_libraries_are_taken():
+    for module, make_from in (
+        (losses, losses.as_loss),
+        (network, partial(network.as_activation, "activation")),
+        (blocks, partial(blocks.as_norm, "norm")),
+    ):
+        for name, ours in module._NAMES_ELSEWHERE.items():
+            assert make_from(name) == make_from(ours)
     assert losses.as_loss("binary_crossentropy") == losses.BinaryCrossEntropy()
+    assert MLP([4, 3, 2], activation="swish") == MLP([4, 3, 2], activation="silu")
 
 
 @pytest.mark.parametrize(

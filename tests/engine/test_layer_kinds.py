@@ -330,7 +330,7 @@ def test_the_summary_tells_norms_and_blocks(capsys):
         ([5, Residual(8), 2], {}, ArgumentError, r"sizes\[1\]: a residual block stands behind a hidden layer"),
         ([5, 8, Residual(8)], {}, ArgumentError, r"sizes\[2\]: a residual block stands .* before the output layer"),
         ([5, 8, 2], {"norm": "batch"}, ArgumentError, "norm: unknown name 'batch'. Expected one of: layer, rms"),
-        ([5, 8, 2], {"norm": "layernorm"}, ArgumentError, "norm: .*'layer'"),
+        ([5, 8, 2], {"norm": "layr"}, ArgumentError, "norm: .*did you mean 'layer'"),
         ([5, 8, 2], {"norm": 3}, ArgumentTypeError, "norm: expected"),
         ([5, 8, 2], {"norm": ["layer", "layer"]}, ArgumentError, r"norm: expected one value, or 1"),
         ([5, 8, Residual(8), 2], {"norm": ["layer"] * 3}, ArgumentError, r"norm\[2\]: the last layer of a residual"),

@@ -68,15 +68,15 @@ def check_choice(
 ) -> str:
     """Return ``value`` if it is one of the names in ``choices``; the error says which is nearest.
 
-    ``expected`` is for the error of a value that is not a string. ``elsewhere`` maps other libraries' names to ours.
+    ``expected`` is for the error of a value that is not a string. ``elsewhere`` maps other libraries' names, which are
+    taken too, to ours.
     """
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{argument}: expected {expected or 'one of ' + ', '.join(choices)}, got {value!r}")
-    if elsewhere and value in elsewhere:
-        raise ArgumentError(f"{argument}: unknown name {value!r}; it is called {elsewhere[value]!r} here")
-    if value not in choices:
-        raise unknown_name(argument, value, choices)
-    return value
+    name = elsewhere.get(value, value) if elsewhere else value
+    if name not in choices:
+        raise unknown_name(argument, name, choices)
+    return name
 
 
 def check_keys(argument: str, config: Mapping[str, Any], expected: Iterable[str]) -> None:

@@ -34,7 +34,6 @@ REDUCTIONS = ("mean", "sum")
 LossLike: TypeAlias = "str | Loss | Callable[..., Any]"
 """A loss by its name, an object, or a function of the caller's (``OwnLoss``)."""
 
-# Names of Keras, scikit-learn and torch, which are taken too.
 _NAMES_ELSEWHERE = {
     **dict.fromkeys(("categorical_crossentropy", "sparse_categorical_crossentropy", "log_loss"), "cross_entropy"),
     **dict.fromkeys(("bce", "binary_crossentropy"), "binary_cross_entropy"),
@@ -455,5 +454,4 @@ def as_loss(value: LossLike) -> Loss:
     if callable(value) and not isinstance(value, type):
         return OwnLoss.of(value)
     expected = "a name such as 'mse', an object such as MSE(), or a function f(outputs, targets) -> (loss, gradient)"
-    name = _NAMES_ELSEWHERE.get(value, value) if isinstance(value, str) else value
-    return LOSSES[check_choice("loss", name, LOSSES, expected=expected)]()
+    return LOSSES[check_choice("loss", value, LOSSES, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
