@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 TRAIN = ("train", "wine", "--hidden", "8", "--dropout", "0.1", "--batch-size", "48", "--early-stopping", "0")
-TRAIN += ("--backend", "numpy", "--epochs", "100", "--checkpoint-every", "7")
+TRAIN += ("--backend", "numpy", "--epochs", "100")
 SLICES = Path(__file__).parents[1] / "fixtures" / "runs_2026_11" / "slices"
 
 

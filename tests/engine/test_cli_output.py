@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,7 @@ def test_a_full_disk(name, count, whole, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "BETWEEN", 0.0)
+        patch.setattr(train, "time", SimpleNamespace(monotonic=float))
         full(patch, *((train, "append_metrics") if name == "metrics.csv" else (files, "replace_file")), is_it)
         assert run(*TRAINING, folder) == 1
     error = capsys.readouterr().err
@@ -228,13 +230,13 @@ def test_a_diverged_training_has_its_last_line(loss, options, tmp_path, capsys):
 
 
 def test_what_others_print_goes_to_stderr(tmp_path, monkeypatch, capsys):
-    begin = Recorder.on_train_begin
+    end = Recorder.on_train_end
 
     def chatty(*given):
         print("a library says hello")
-        begin(*given)
+        end(*given)
 
-    monkeypatch.setattr(Recorder, "on_train_begin", chatty)
+    monkeypatch.setattr(Recorder, "on_train_end", chatty)
     assert run("train", "iris", "--epochs", "1", "--json", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
     assert [json.loads(line)["event"] for line in shown.out.splitlines()] == ["start", "epoch", "end"]

@@ -73,7 +73,7 @@ def test_checkpoints_of_a_run_that_are_looked_at(windows, monkeypatch, tmp_path)
     run = create_run(tmp_path / "run")
     engine = make()
     locked(monkeypatch, 2)
-    engine.fit(X, y, epochs=2, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
+    engine.fit(X, y, epochs=2, validation_data=(X, y), callbacks=[Recorder(run)])
     assert len(windows) == 2
     assert fusemlp.load_checkpoint(run.checkpoint("best")).epochs_trained == 2
 
@@ -84,13 +84,14 @@ def test_checkpoints_of_quick_epochs_are_written_together(monkeypatch, tmp_path)
         files.write_atomically(path, data)
 
     monkeypatch.setattr(train, "write_atomically", write)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=float))
     folders, expected = [], {0.0: ["best", *["last"] * 8], 1e9: ["best", "last", "last"]}
     for seconds in expected:
         run, written = create_run(tmp_path / str(seconds)), []
         monkeypatch.setattr(train, "BETWEEN", seconds)
         stop = SimpleNamespace(on_epoch_begin=lambda engine, epoch: 1 // (8 - epoch))
         with pytest.raises(ZeroDivisionError):
-            make(0.3).fit(X, y, epochs=9, validation_data=(X, (y + 1) % 3), callbacks=[Recorder(run, every=1), stop])
+            make(0.3).fit(X, y, epochs=9, validation_data=(X, (y + 1) % 3), callbacks=[Recorder(run), stop])
         assert written == expected[seconds]
         folders.append([fusemlp.load_checkpoint(run.checkpoint(name)) for name in ("best", "last")])
     for often, seldom, epochs in zip(*folders, (1, 8), strict=True):
@@ -110,13 +111,13 @@ def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_pat
     listener = SimpleNamespace(on_epoch_begin=lambda engine, epoch: heard.append(epoch))
     monkeypatch.setattr(train, "append_metrics", append)
     engine = make()
-    given = {"epochs": 7, "callbacks": [listener, Recorder(run, every=9)]}
+    given = {"epochs": 7, "callbacks": [listener, Recorder(run)]}
     with pytest.raises(PermissionError):
         engine.fit(X, y, **given)
     monkeypatch.setattr(train, "WINDOWS", True)
     rows.clear()
     heard.clear()
-    given["callbacks"] = [listener, Recorder(run, every=9)]
+    given["callbacks"] = [listener, Recorder(run)]
     engine = make()
     with pytest.warns(UserWarning, match=r"metrics\.csv: another program has it open") as told:
         engine.fit(X, y, **given)

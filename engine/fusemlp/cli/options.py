@@ -137,7 +137,6 @@ class TrainOptions(recipe.TableRecipe, OutputOptions):
         values=recipe.run_folders,
     )
     reduce: str = _reduce("Under torchrun --nproc-per-node N -m fusemlp train, how N processes add their gradients")
-    checkpoint_every: int = _output(1, "Epochs between two checkpoints, which are at least a second apart.", "EPOCHS")
     track_model: bool = _output(False, "With --track: also store the run folder there, with model and report.")
 
 

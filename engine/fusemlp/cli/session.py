@@ -37,7 +37,7 @@ from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
 
 # Options of earlier releases, and names that they had.
-GONE = ("attack_beta", "attack_repeats", "shard_optimizer", "devices")
+GONE = ("attack_beta", "attack_repeats", "shard_optimizer", "devices", "checkpoint_every")
 RENAMED = {"from_run": "transfer_from"}
 
 

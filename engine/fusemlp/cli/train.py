@@ -34,42 +34,33 @@ from fusemlp.training.checkpoint import checkpoint_bytes
 from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
-# Seconds between two writes of checkpoints.
+# Seconds between two writes of checkpoints; longer where they take more than a twentieth of the time.
 BETWEEN = 1.0
 
 
 class Recorder(Callback):
-    """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
+    """Write a row of ``metrics.csv`` for each epoch, and the checkpoints ``last`` and, of the best epoch, ``best``.
 
-    The checkpoint ``best`` is of the best epoch, also of a resumed run. Checkpoints that follow others by less than
-    ``BETWEEN`` seconds wait for the next or the end: a write takes as long as many epochs of a small network. The row
-    is written before the checkpoint, so a killed run has a row for each epoch of its checkpoint; on Windows rows wait
-    while another program, such as Excel, has the file open. Ranks other than 0 write nothing.
+    Checkpoints that follow others soon wait for the next or the end: a write takes as long as many epochs of a small
+    network. The row is written before the checkpoint, so a killed run has a row for each epoch of its checkpoint; on
+    Windows rows wait while another program, such as Excel, has the file open. Ranks other than 0 write nothing.
     """
 
-    def __init__(self, run: Run, *, every: int) -> None:
-        self.run, self.every = run, every
-        # the rows and the checkpoints that are still to be written
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        # the rows and the checkpoints that are still to be written, and the earliest time for these
         self._rows: list[dict[str, float]] = []
         self._waiting: dict[str, bytes] = {}
-        self._written = -BETWEEN
-
-    def on_train_begin(self, engine: Engine) -> None:
-        # alike on all ranks
-        if engine.update_count == 0:
-            engine.save_checkpoint(self.run.checkpoint("last"))
+        self._due = 0.0
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
         if leading():
             self._rows.append({"epoch": epoch + 1, **logs})
             self._write_rows()
-        is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
-        due = is_last or (epoch + 1) % self.every == 0
+        content = checkpoint_bytes(engine)
         is_best = engine.history is not None and engine.history.best_epoch == epoch
-        if due or is_best:
-            names = [name for name, wanted in (("best", is_best), ("last", due)) if wanted]
-            self._waiting |= dict.fromkeys(names, checkpoint_bytes(engine))
-        if is_last or time.monotonic() - self._written >= BETWEEN:
+        self._waiting |= {"last": content, **({"best": content} if is_best else {})}
+        if time.monotonic() >= self._due:
             self._write_checkpoints()
 
     def on_train_end(self, engine: Engine, history: History) -> None:
@@ -82,12 +73,14 @@ class Recorder(Callback):
         self._write_checkpoints()
 
     def _write_checkpoints(self) -> None:
+        began = time.monotonic()
         # The best first: a training that ends between the two goes on before this epoch, and has it again.
         for name in ("best", "last"):
             content = self._waiting.pop(name, None)
             if content is not None and leading():
                 write_atomically(self.run.checkpoint(name), content)
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._due = now + max(BETWEEN, 20 * (now - began))
 
     def _write_rows(self) -> None:
         while self._rows:
@@ -194,11 +187,10 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
 
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
-    as_count("checkpoint_every", options.checkpoint_every)
     if not leading():
         # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end it too
         session = prepared_session(replace(options, quiet=True))
-        recorder = Recorder(session.run, every=session.options.checkpoint_every)
+        recorder = Recorder(session.run)
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
     with output.work(options, "train", "config.json") as (listener, paths):
@@ -240,7 +232,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     listener.say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))
     about = {"run": str(run.path), "config": read_json(run.config)}
     listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
-    callbacks: list[Any] = [Recorder(run, every=options.checkpoint_every), listener]
+    callbacks: list[Any] = [Recorder(run), listener]
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
 
     def fits_all(epochs: int) -> None:
