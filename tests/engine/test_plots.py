@@ -43,6 +43,16 @@ def test_loss_and_accuracy_side_by_side():
     assert np.asarray(best.get_xdata()).tolist() == [2, 2]
 
 
+def test_a_better_validation_is_no_overfitting():
+    history = {"loss": [1.0, 0.8, 0.6, 0.4], "val_loss": [0.5, 0.4, 0.6, 0.8]}
+    history |= {"accuracy": [0.5, 0.6, 0.7, 0.8], "val_accuracy": [0.7, 0.7, 0.7, 0.6]}
+    (found,) = diagnose(history)
+    figure = plots.curves_figure(history, overfitting=found)
+    for axes in figure.axes:
+        (shaded,) = axes.collections
+        assert np.concatenate([path.vertices[:, 0] for path in shaded.get_paths()]).min() == 3.0
+
+
 def test_a_regression_without_validation_has_one_curve():
     figure = plots.curves_figure({"loss": [100.0, 1.0, 0.5], "learning_rate": [0.1] * 3}, loss="mse")
     (axes,) = figure.axes

@@ -173,7 +173,7 @@ def curves_figure(
     """Draw loss and, if there is one, accuracy over the epochs of ``history``, as of ``History.history``.
 
     The histories of ``models``, whose mean it is, are faint. ``best_epoch`` counts from 1; from the start of
-    ``overfitting`` the gap to validation is shaded.
+    ``overfitting`` the gap to a worse validation is shaded.
     """
     mark = None if best_epoch is None else (f"best epoch: {best_epoch}", float(best_epoch))
     panels = _panels([history], loss)
@@ -186,8 +186,8 @@ def curves_figure(
             start = (overfitting.epoch or 1) - 1
             epochs = np.arange(start + 1, len(training) + 1)
             gap = f"overfitting: gap {abs(validation[-1] - training[-1]):.3g}"
-            both = training[start:], validation[start:]
-            axes.fill_between(epochs, *both, color=GAP, alpha=0.25, linewidth=0, label=gap)
+            low, high = np.array([training[start:], validation[start:]])[:: -1 if rises(metric) else 1]
+            axes.fill_between(epochs, low, high, high > low, interpolate=True, color=GAP, alpha=0.25, lw=0, label=gap)
         axes.legend(edgecolor="none", framealpha=0.85)
     return figure
 
