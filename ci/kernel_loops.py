@@ -36,6 +36,8 @@ REPEATED = ("LDG", "LDGSTS", "LDGDEPBAR", "LDS", "LDSM", "STS", "STG", "BAR", "H
 # A loop of these alone waits for a barrier, and one that empties the L1 cache, but calls nothing, for other programs;
 # its passes take no time of their own.
 WAITING, ACQUIRE = {"SYNCS", "BRA"}, "CCTL"
+# The statement that only the last program of a launch comes to: its file, function and text.
+TICKET_RESET = ("clock.py", "is_last", "store(ticket")
 TABLES = ("BRX", "BRXU")
 LEAVES = ("EXIT", "RET")
 
@@ -110,21 +112,17 @@ def _statements(file: str) -> list[tuple[range, str]]:
 
 
 @functools.cache
-def _ticket_reset() -> int:
-    """Return the line of ``clock.is_last`` that only the last program of a launch comes to."""
-    tree = ast.parse(Path(configs.__file__).with_name("clock.py").read_text(encoding="utf-8"))
-    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "is_last")
-    (line,) = (
-        node.body[0].lineno
-        for node in function.body
-        if isinstance(node, ast.If) and "store(ticket" in ast.unparse(node)
-    )
-    return line
+def line_of(file: str, function: str, text: str) -> int:
+    """Return the line of a function's last statement with this text, in a file of the kernels."""
+    tree = ast.parse(Path(configs.__file__).with_name(file).read_text(encoding="utf-8"))
+    (body,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return [node.lineno for node in ast.walk(body) if isinstance(node, ast.Expr) and text in ast.unparse(node)][-1]
 
 
-def _resets_ticket(instruction: Instruction) -> bool:
+def comes_from(instruction: Instruction, file: str, function: str, text: str) -> bool:
+    """Return whether an instruction is part of the last statement with this text in a function of the kernels."""
     source = instruction.source
-    return source is not None and Path(source[0]).name == "clock.py" and source[1] == _ticket_reset()
+    return source is not None and Path(source[0]).name == file and source[1] == line_of(file, function, text)
 
 
 def _statement(instructions: Iterable[Instruction], taken: Iterable[str]) -> str | None:
@@ -343,7 +341,7 @@ def passes(code: str) -> dict[str, Pass]:
         found[name] = max(found.get(name, one_pass), one_pass, key=lambda one: one.stalls)
     entry, leaving, blocks = outside(kernel)
     for block in blocks:
-        if any(_resets_ticket(flow.instructions[at]) for at in flow.spans[block]):
+        if any(comes_from(flow.instructions[at], *TICKET_RESET) for at in flow.spans[block]):
             found[LAST] = pass_of(block, leaving, blocks)
             break
     return found

@@ -25,7 +25,7 @@ from gpu_items import FIGURES
 from kernel_launches import GOAL_TARGET, Goal, Recorded, launches_of
 from kernel_loops import LAST, ONCE
 from kernel_programs import Programs, Row, Work, card_phases, over, resident_programs, work_of
-from kernel_waits import CLOCK, PROCESSORS, SUSTAINED
+from kernel_waits import CLOCK, MEETING, PROCESSORS, SUSTAINED
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 # The version of Triton in the newest torch that users have.
@@ -46,7 +46,7 @@ class Card:
     clock: float = CLOCK
     memory: float = 3.0e12
     launch: float = 1.3e-6
-    grid_barrier: float = 0.7e-6
+    grid_barrier: float = MEETING / CLOCK
     products: float = SUSTAINED
     synchronous: float = 0.62
     shared: int = 128

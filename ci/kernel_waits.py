@@ -3,8 +3,9 @@
 ptxas writes into an instruction whose time it does not know which of six scoreboards it sets, and into every
 instruction which of them it waits for. So the order of a way gives the cycles of a warp that has its multiprocessor
 alone: those that ptxas writes, those until loads from global memory arrive, and those until tensor cores have done what
-the warp waits for. Left out are the waits on the chip, for shuffles, shared memory and the other warps of a program. It
-is a model, not measured.
+the warp waits for. Left out are the waits on the chip, for shuffles, shared memory and the other warps of a program.
+The time of a meeting of all programs is left out too, and added elsewhere: work between an arrival and the end of the
+wait costs as much as it takes longer than that. It is a model, not measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from kernel_loops import LAST, ONCE, Instruction, Pass
+from kernel_loops import LAST, ONCE, Instruction, Pass, comes_from
 
 # By loop: the cycles of a pass, its bytes of shared memory in all warps, and the cycles of the way around the loop.
 Waits = dict[str, list[int]]
@@ -22,6 +23,9 @@ CLOCK, SUSTAINED = 1.83e9, 800e12
 # Cycles of a load from the L2 cache or beyond it: 260 and more (Luo et al., "Benchmarking and dissecting the Nvidia
 # Hopper GPU architecture via microbenchmarking", 2024).
 LOAD = 300
+# Cycles of a meeting of all programs of a launch, 0.7 us; the barrier that begins an arrival, and the one after a wait.
+MEETING = 0.7e-6 * CLOCK
+ARRIVES, MET = (("resident_layers.py", function, "debug_barrier") for function in ("arrive", "wait"))
 MEMORY = ("LDG", "LD", "ATOM", "ATOMG", "RED", "MEMBAR")
 HGMMA = re.compile(r"HGMMA\.64x(?P<columns>\d+)x(?P<depth>\d+)\.\S+ R\d+, (?P<first>\w+)")
 # The depth of a product in bytes.
@@ -49,6 +53,7 @@ class _Warp:
         # when the groups of copies and of products are done that the warp did not wait for
         self.groups: dict[str, list[float]] = {"SB0": [], "gsb0": []}
         self.copied, self.multiplied = 0.0, 0.0
+        self.arrived = 0.0
         # what registers hold, by name, and when the lines of memory arrive that were loaded
         self.held: dict[str, str] = {}
         self.lines: dict[tuple[str, int], float] = {}
@@ -74,6 +79,18 @@ class _Warp:
             self.boards[board] = max(self.boards[board], self.arrival(one))
         self.write(one)
         self.time += one.stalls
+        if one.name == "BAR" and comes_from(one, *ARRIVES):
+            self.arrived = self.time
+        elif one.name == "BAR" and comes_from(one, *MET):
+            self.meet()
+
+    def meet(self) -> None:
+        """Leave out the time of a meeting, which goes on for all that is under way, and forget the L1 cache."""
+        self.time = max(self.arrived, self.time - MEETING)
+        self.boards = [at - MEETING for at in self.boards]
+        self.groups = {name: [at - MEETING for at in group] for name, group in self.groups.items()}
+        self.copied, self.multiplied = self.copied - MEETING, self.multiplied - MEETING
+        self.lines.clear()
 
     def arrival(self, one: Instruction) -> float:
         """Return when the result arrives: at once if it is on the chip, as a line that was loaded before."""
@@ -120,7 +137,8 @@ def cycles(way: Sequence[Instruction], warps: int, passes: int = 1) -> int:
     """Return the cycles of a way, of the last of several passes."""
     warp, before = _Warp(warps), 0.0
     for _ in range(passes):
-        before = warp.time
+        # an arrival outside the way is just before it
+        warp.arrived = before = warp.time
         for one in way:
             warp.step(one)
     return round(warp.time - before)

@@ -221,6 +221,24 @@ def test_a_line_that_was_loaded_is_near_until_its_address_changes():
     assert waits(argument, load, use, moved, again, use) == once + 1 + kernel_waits.LOAD + 1
 
 
+def test_work_between_an_arrival_and_the_end_of_the_wait_costs_what_goes_beyond_the_meeting():
+    def step(text, stalls, board=7, waited=0, function=""):
+        control = stalls | board << kernel_waits.SET | waited << kernel_waits.WAITED
+        line = kernel_loops.line_of("resident_layers.py", function, "debug_barrier") if function else 0
+        return kernel_loops.Instruction(text.split(".")[0], False, "", control, ("resident_layers.py", line), text)
+
+    arrive, met = (step("BAR.SYNC", 1, function=function) for function in ("arrive", "wait"))
+    work, load = step("IADD3.X R2, R2, R9, RZ", 10), step("LDG.E R4, desc[UR4][R2.64]", 2, 0)
+    use = step("FADD.FTZ R6, R4, R5", 4, waited=1)
+    assert kernel_waits.cycles([arrive, *[work] * 20, met], 1) == 1
+    assert kernel_waits.cycles([arrive, *[work] * 200, met], 1) == round(2002 - kernel_waits.MEETING)
+    # an arrival that another way has, just before
+    assert kernel_waits.cycles([*[work] * 20, met, work], 1, 2) == 10
+    # a load before the end of the wait has come; one after it has not
+    assert kernel_waits.cycles([arrive, load, met, use], 1) == 1 + 4
+    assert kernel_waits.cycles([arrive, met, load, use], 1) == 1 + kernel_waits.LOAD + 4
+
+
 def test_copies_and_products_under_way_hide_behind_each_other():
     copy, group = ("LDGSTS.E.128 [R1], desc[UR4][R2.64]", 2), ("LDGDEPBAR", 2, 0, 0)
     assert waits(copy, group, ("DEPBAR.LE SB0, 0x0", 5)) == kernel_waits.LOAD + 5

@@ -1,10 +1,11 @@
 """Many whole training steps of one model in one launch on the whole card: all programs share each phase of a step.
 
 The tiles of a phase are dealt to the programs in turn. Between two phases they meet, which a cooperative launch allows:
-all of them run at a time. A program loads what others have stored from the L2 cache (``.cg``), because the L1 cache of
-a multiprocessor may hold older values. The last program has no tiles: after the loss it adds up the losses and advances
-the clock, beside the others, which have read it when the step began. dz of the layer below the outputs comes with the
-loss: each program computes the outputs of its rows itself. The phases are those of ``resident_layers``.
+all of them run at a time. A program arrives, loads the numbers of its next phase, and waits. It loads what others have
+stored from the L2 cache (``.cg``), because the L1 cache of a multiprocessor may hold older values. The last program has
+no tiles: after the loss it adds up the losses and advances the clock, while the others, which have read it when the
+step began, go on. dz of the layer below the outputs comes with the loss: each program computes the outputs of its rows
+itself. The phases are those of ``resident_layers``.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from fusemlp_kernels.triton.resident_layers import (
     LAYER_COLUMNS,
     LAYER_N,
     STEPS,
+    arrive,
     backward,
     forward,
-    gradient_at,
     gradients_of_layer,
     loss_and_gradient,
     number,
     rows_of,
     tiles_of_layers,
+    wait,
 )
 from fusemlp_kernels.triton.tiles import kernel
 
@@ -39,19 +41,23 @@ CLOCK: tl.constexpr = tl.constexpr(triton.next_power_of_2(HYPER.value))
 
 
 @triton.jit
-def wait(arrived, goal):
-    """Wait until ``arrived`` has come to ``goal``; then see what those that arrived have stored, in the L2 cache."""
-    while tl.atomic_add(arrived, 0, sem="acquire", scope="gpu") < goal:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
 def meet(arrived, goal):
     """Arrive, and wait for the others."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived, 1, sem="release", scope="gpu")
+    arrive(arrived)
     wait(arrived, goal)
+
+
+@triton.jit(noinline=True)
+def begin_step(hyper, counters, numbers, M):
+    """Copy ``hyper`` to ``numbers``, since the clock changes it before the step ends; return the number of the batch's
+    rows, the batch's index, and the place of its first row. A function of its own: its addresses take no registers."""
+    at = tl.arange(0, CLOCK)
+    copied = tl.load(hyper + at, mask=at < HYPER, cache_modifier=".cg")
+    count = tl.minimum(tl.load(counters + ROW_COUNT, cache_modifier=".cg"), M).to(tl.int32)
+    batch_index = tl.load(counters + BATCH_INDEX, cache_modifier=".cg")
+    offset = tl.load(counters + ROW_OFFSET, cache_modifier=".cg")
+    tl.store(numbers + at, copied, mask=at < HYPER)
+    return count, batch_index, offset
 
 
 @triton.jit(noinline=True)
@@ -86,48 +92,46 @@ def card_kernel(
     dz goes back to layer ``lowest``. ``copies``: each program's copy of ``hyper``. ``arrived`` (1,) int64 counts the
     arrivals at meetings, in all launches.
     """
-    program, programs, at = tl.program_id(0), tl.num_programs(0), tl.arange(0, CLOCK)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     keeper = programs - 1
     workers = tl.maximum(keeper, 1)
     numbers = copies + program * HYPER
-    # of the workers at the meetings of a step, and of all at its end
-    inside = workers * (depth + tl.maximum(depth - 2 - lowest, 0))
-    arrivals = inside + programs
+    # of the workers at the meetings of a step (one of them before the loss), and of all at its end
+    arrivals = workers * (tl.maximum(depth, 2) + tl.maximum(depth - 2 - lowest, 0)) + programs
     # the arrivals of earlier launches; some of this one may have come
     start = tl.atomic_add(arrived, 0, sem="relaxed", scope="gpu") // arrivals * arrivals
     tiles, ends = tiles_of_layers(layers, depth, WN, WK, VECTOR)
     for _ in range(number(live, STEPS)):
-        copied = tl.load(hyper + at, mask=at < HYPER, cache_modifier=".cg")
-        count = tl.minimum(tl.load(counters + ROW_COUNT, cache_modifier=".cg"), M).to(tl.int32)
-        batch_index = tl.load(counters + BATCH_INDEX, cache_modifier=".cg")
-        batch = rows + tl.load(counters + ROW_OFFSET, cache_modifier=".cg")
+        count, batch_index, offset = begin_step(hyper, counters, numbers, M)
+        batch = rows + offset
         if program < workers:
-            tl.store(numbers + at, copied, mask=at < HYPER)
-            goal = start
+            inside = 0
             for index in range(depth - 1):
+                if index > 0:
+                    inside += workers
+                    meet(arrived, start + inside)
                 forward(
                     compute, weights, parameters, batch, layers, draws, shares, batch_index, live, count, depth, 0, 0,
                     0, index, program, workers, BM, BN, BK, SPLIT, PRODUCT, 1, ".cg",
                 )  # fmt: skip
-                goal += workers
-                meet(arrived, goal)
+            inside += workers
+            arrive(arrived)
             loss_and_gradient(
                 compute, weights, parameters, batch, layers, draws, shares, labels, target, weight, class_weight,
-                settings, numbers, partials, count, batch_index, depth, lowest, label_step, target_row, target_col,
-                weight_step, ignored_low, ignored_high, program, workers,
+                settings, numbers, partials, arrived, start + inside, count, batch_index, depth, lowest, label_step,
+                target_row, target_col, weight_step, ignored_low, ignored_high, program, workers,
                 BO, BN, BK, OUTPUTS, SPLIT, PRODUCT, CROSS_ENTROPY,
             )  # fmt: skip
             for above in range(depth - 2, lowest, -1):
-                # loads before a meeting come with it
-                dz, dz_row = gradient_at(compute, layers, above, 0)
-                goal += workers
-                meet(arrived, goal)
+                inside += workers
+                arrive(arrived)
                 backward(
-                    compute, weights, parameters, layers, draws, shares, parameters, dz, dz_row, batch_index, live,
-                    count, depth, 0, 0, above - 1, program, workers, BM, BK, BN, SPLIT, PRODUCT, 1, ".cg",
+                    compute, weights, parameters, layers, draws, shares, parameters, arrived, start + inside,
+                    batch_index, live, count, depth, 0, 0, above - 1, program, workers, BM, BK, BN, SPLIT, PRODUCT, 1,
+                    ".cg",
                 )  # fmt: skip
-            goal += workers
-            meet(arrived, goal)
+            inside += workers
+            meet(arrived, start + inside)
             for tile in range(program, tl.sum(tiles), workers):
                 below = ends <= tile
                 gradients_of_layer(
@@ -137,12 +141,12 @@ def card_kernel(
                     1, ".cg",
                 )  # fmt: skip
         if program == keeper:
-            wait(arrived, start + workers * depth)
+            wait(arrived, start + workers * tl.maximum(depth, 2))
             keep(
                 rows, labels, weight, class_weight, measured, layers, settings, rules, counters, hyper, rates, stats,
                 epoch_stats, live, partials, M, depth, rates_size, label_step, weight_step, ignored_low,
                 ignored_high, BO,
             )  # fmt: skip
-            wait(arrived, start + inside)
+            wait(arrived, start + arrivals - programs)
         start += arrivals
         meet(arrived, start)

@@ -1,7 +1,8 @@
 """The tables of a launch of many steps, and the phases of its layers: forward, loss, backward, gradients.
 
 A program of ``train_resident`` has a model to itself. On the whole card ``workers`` programs share a model: each takes
-the tiles of a phase from its ``place`` on, every ``workers``-th, and reads what others have stored with ``CACHE``.
+the tiles of a phase from its ``place`` on, every ``workers``-th, and reads what others have stored with ``CACHE``. A
+phase with ``arrived`` waits until that has come to ``goal``, when its numbers are under way.
 """
 
 from __future__ import annotations
@@ -148,6 +149,21 @@ def own_tile(dealt, place, workers):
     return (place + workers - dealt % workers) % workers
 
 
+@triton.jit
+def arrive(arrived):
+    """Count this program among those that have ended a phase on the whole card."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(arrived, goal):
+    """Wait until ``arrived`` has come to ``goal``; then see what those that arrived have stored, in the L2 cache."""
+    while tl.atomic_add(arrived, 0, sem="acquire", scope="gpu") < goal:
+        pass
+    tl.debug_barrier()
+
+
 @triton.jit(noinline=True)
 def forward(
     compute, weights, params, rows, layers, draws, shares, counters, entry, M, depth, work_size, size, rows_size, index,
@@ -266,8 +282,8 @@ def gradient_at(compute, layers, index, work):
 @triton.jit(noinline=True)
 def loss_and_gradient(
     compute, weights, params, batch, layers, draws, shares, labels, target, weight, class_weight, settings, hyper,
-    partials, count, batch_index, depth, lowest, label_step, target_row, target_col, weight_step, ignored_low,
-    ignored_high, place, workers,
+    partials, arrived, goal, count, batch_index, depth, lowest, label_step, target_row, target_col, weight_step,
+    ignored_low, ignored_high, place, workers,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr,
     PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -291,6 +307,7 @@ def loss_and_gradient(
     back = lowest < index
     wide, width = tl.where(back, tl.cdiv(K, BN), 1), tl.where(back, masked_width(K, True), 0)
     at_n = tl.arange(0, OUTPUTS)
+    wait(arrived, goal)
     for tile in range(place, blocks * wide, workers):
         block, col = tile % blocks, tile // blocks * BN
         at_m, at_k = block * BM + tl.arange(0, BM), col + tl.arange(0, BN)
@@ -335,13 +352,13 @@ def loss_and_gradient(
 
 @triton.jit(noinline=True)
 def backward(
-    compute, weights, params, layers, draws, shares, slopes, dz, dz_row, counters, entry, M, depth, work_size, size,
+    compute, weights, params, layers, draws, shares, slopes, arrived, goal, counters, entry, M, depth, work_size, size,
     index, place, workers,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
     PARTS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute this program's tiles of dz of layer ``index`` from that of the layer above it, which on the whole card is
-    ``dz``, and the gradient by its slope; BN goes along the reduction."""
+    """Compute this program's tiles of dz of layer ``index`` from that of the layer above it, and the gradient by its
+    slope; BN goes along the reduction."""
     model, count, _, batch_index = batch_at(layers, counters, entry, M, 0, CACHE)
     work, arena = model * work_size, whole(model * size, True)
     row = layers + index * LAYER_COLUMNS
@@ -349,8 +366,7 @@ def backward(
     draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
     N, K, pitch, activation = number(above, LAYER_N), number(row, LAYER_N), number(row, PITCH), number(row, ACTIVATION)
     w, w_row = weights + arena + whole(tl.load(above + W), True), number(above, W_ROW)
-    if CACHE is None:
-        dz, dz_row = gradient_at(compute, layers, index + 1, work)
+    dz, dz_row = gradient_at(compute, layers, index + 1, work)
     y = compute + whole(work + tl.load(row + Z), True)
     out, _ = gradient_at(compute, layers, index, work)
     slope = slope_of(row, share, params + arena, CACHE)
@@ -358,6 +374,8 @@ def backward(
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
     kept_share, wide = tl.load(share + KEPT_SHARE), tl.cdiv(K, BK)
     below = tl.full((), 0.0, tl.float32)
+    if CACHE is not None:
+        wait(arrived, goal)
     for tile in range(place, tl.cdiv(count, BM) * wide, workers):
         below += input_gradient(
             dz, w, y, out, tile // wide, tile % wide, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
