@@ -75,7 +75,7 @@ def test_folds_validate_each_row_once_and_keep_the_shares_of_classes():
 
 def test_a_table_trains_an_ensemble_that_all_commands_take(data, trained, tmp_path):
     config, report = read(trained / "config.json"), read(trained / "report.json")
-    assert (config["options"]["models"], config["options"]["early_stopping"], config["epochs"]) == (5, None, 200)
+    assert (config["options"]["models"], config["options"]["early_stopping"], config["epochs"]) == (5, 20, 200)
     # The command as it was typed, without what the table decided.
     assert not {"--models", "--early-stopping", "--epochs"} & set(config["command"].split())
     assert [one["seed"] for one in report["models"]] == [0, 1, 2, 3, 4]

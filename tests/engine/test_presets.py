@@ -9,7 +9,7 @@ from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables import recipe as presets
-from fusemlp.tables.defaults import with_batch, with_preset
+from fusemlp.tables.defaults import with_batch, with_patience, with_preset
 from make import assert_same, frame, read, refusal, rows, run
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
@@ -142,6 +142,24 @@ def test_large_tables_take_more_rows_a_step_with_a_rate_and_an_average(rows, giv
     assert (recipe.batch_size, recipe.lr, recipe.ema) == steps
 
 
+@pytest.mark.parametrize(
+    ("rows", "given", "validates", "patience"),
+    [
+        (14_999, {}, True, 20),
+        (15_000, {}, True, "auto"),
+        (15_000, {"early_stopping": 30}, True, 30),
+        (15_000, {"early_stopping": 0}, True, None),
+        (15_000, {"adversarial": "ibp"}, True, None),
+        (100, {"adversarial": "ibp", "early_stopping": 5}, True, 5),
+        (15_000, {"early_stopping": 5}, False, None),
+        (100, {}, False, None),
+    ],
+)
+def test_large_tables_wait_by_themselves(rows, given, validates, patience):
+    recipe = with_patience(presets.TableRecipe(**given), rows, validates=validates)
+    assert recipe.patience == patience
+
+
 def test_what_is_given_stays(tmp_path):
     made = prepared(tmp_path, hidden=["8"], optimizer="sgd", activation="tanh")
     assert made.network.sizes[1:-1] == (8,) and made.network.members == presets.MEMBERS
@@ -152,7 +170,7 @@ def test_what_is_given_stays(tmp_path):
     pace = [prepared(tmp_path, **options).recipe for options in choices]
     assert [(one.ema, one.early_stopping) for one in pace] == [(0.99, 10), (0.0, 30), (0.99, 0)]
     plain = prepared(tmp_path, preset="plain", hidden=["8"])
-    assert (plain.network.members, plain.recipe.ema, plain.recipe.patience) == (1, None, "auto")
+    assert (plain.network.members, plain.recipe.ema, plain.recipe.early_stopping) == (1, None, 20)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,15 @@ def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
     return replace(recipe, epochs=epochs)
 
 
-def with_patience(recipe: Recipe, *, validates: bool) -> Recipe:
-    """Return the recipe without early stopping where nothing is validated, or where IBP goes without by default."""
-    never = not validates or (recipe.early_stopping is None and recipe.adversarial == "ibp")
-    return replace(recipe, early_stopping=0) if never else recipe
+def with_patience(recipe: Recipe, rows: int, *, validates: bool) -> Recipe:
+    """Return the recipe with early stopping where it is not given, and without where nothing is validated, or by IBP.
+
+    A large table leaves it open, and waits by itself; ``rows``: see ``with_preset``.
+    """
+    given, large = recipe.early_stopping is not None, rows >= recipes.LARGE_BATCHES[-1][0]
+    if not validates or (recipe.adversarial == "ibp" and not given):
+        return replace(recipe, early_stopping=0)
+    return recipe if given or large else replace(recipe, early_stopping=recipes.PATIENCE)
 
 
 def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:

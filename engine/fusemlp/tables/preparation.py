@@ -283,7 +283,7 @@ def prepare(
         recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify, validates=validates)
         plain, recipe = (defaults.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (defaults.with_batch(part, rows_of_table) for part in (plain, recipe))
-    recipe = defaults.with_patience(recipe, validates=validates)
+    recipe = defaults.with_patience(recipe, rows_of_table, validates=validates)
     for name, values in zip(dataset.targets, dataset.y.reshape(len(dataset.y), -1).T, strict=True):
         known = values[values == values]  # without gaps
         if len(known) and (known == known[0]).all():

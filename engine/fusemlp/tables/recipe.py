@@ -108,13 +108,18 @@ def run_folders(incomplete: str) -> list[str]:
 
 # The width of the hidden layer.
 DEFAULT_WIDTH = 128
-# Epochs at most of a table and of other data.
-TABLE_EPOCHS, DEFAULT_EPOCHS = 200, 60
+# Epochs at most of a table and of other data, and those without a better validation loss after which training stops; a
+# large table waits by itself.
+TABLE_EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
 # Rows a step. In a table of this many rows, beside the test rows, Adam takes more, at this rate or the usual one,
 # and validates and keeps an average of the weights.
 BATCH, LARGE_BATCHES, AVERAGE = 32, ((60_000, 256, None), (15_000, 128, 0.0015)), 0.99
 _LARGER = " and ".join(
     f"of {rows:,} rows {size}" + (f" with --lr {rate:g}" if rate else "") for rows, size, rate in LARGE_BATCHES[::-1]
+)
+WAITS = (
+    f"in tables of {LARGE_BATCHES[-1][0]:,} rows two thirds of the epochs up to the best one, {LEAST_PATIENCE} to "
+    f"{MOST_PATIENCE}"
 )
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
 CLASS_DECAY = 3e-4
@@ -309,9 +314,8 @@ class FitRecipe(ModelRecipe):
     )
     early_stopping: int | None = _training(
         None,
-        "Stop after this many epochs without a better --metric, and restore the best weights; 0: never. Unless given, "
-        f"two thirds of the epochs up to the best one ({LEAST_PATIENCE} to {MOST_PATIENCE}); "
-        f"{TABM['early_stopping']} with preset tabm.",
+        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, {WAITS}, "
+        f"{TABM['early_stopping']} with preset tabm, 0: never), and restore the best weights.",
         "EPOCHS",
     )
     metric: str | None = _training(
