@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
+from fusemlp_kernels.triton.clock import ROW_OFFSET
 from fusemlp_kernels.triton.gradients import TENSOR_FIELDS, whole
 from fusemlp_kernels.triton.loss import (
     MEAN,
@@ -50,6 +51,7 @@ from fusemlp_kernels.triton.resident import tick
 from fusemlp_kernels.triton.resident_layers import (
     B_TASK,
     CHUNK,
+    COUNTERS,
     FIXED_SLOPE,
     HYPER,
     LAYER_COLUMNS,
@@ -64,26 +66,30 @@ from fusemlp_kernels.triton.resident_layers import (
     W_TASK,
     B,
     W,
-    batch_at,
     number,
+    rows_of,
 )
 from fusemlp_kernels.triton.tiles import batch_rows, kernel, masked_width
 
 # Elements of a bias, no fewer than threads: of a shorter tensor Triton loads elements twice (``resident_layers``).
-VECTOR: tl.constexpr = tl.constexpr(64)
+VECTOR: tl.constexpr = tl.constexpr(128)
+
+
+@triton.jit
+def tensors_of(row):
+    """Return of a layer's weights and of its bias the first element, the length and the task."""
+    width = masked_width(number(row, LAYER_K), True)
+    weights = whole(tl.load(row + W), True), number(row, LAYER_N) * width, number(row, W_TASK)
+    return weights, (tl.load(row + B), number(row, LAYER_N), number(row, B_TASK))
 
 
 @triton.jit
 def update_tensor(
-    row, weights, params, grads, first, second, hyper, rule, tensors, shadowed,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr, RULE: tl.constexpr,
+    tensor, weights, params, grads, first, second, hyper, rule, tensors, shadowed,
+    BLOCK: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Update a layer's weights or its bias, at most BLOCK elements, unless frozen; ``row`` is the layer's."""
-    if BIAS:
-        start, length, task = tl.load(row + B), number(row, LAYER_N), number(row, B_TASK)
-    else:
-        start, task = whole(tl.load(row + W), True), number(row, W_TASK)
-        length = number(row, LAYER_N) * masked_width(number(row, LAYER_K), True)
+    """Update one of ``tensors_of``, at most BLOCK elements, unless frozen."""
+    start, length, task = tensor
     near = tl.arange(0, BLOCK)
     at, mask, numbers = start + near, near < tl.where(task >= 0, length, 0), tensors + task * TENSOR_FIELDS
     g = tl.load(grads + at, mask=mask, other=0.0)
@@ -96,11 +102,10 @@ def update_tensor(
 
 @triton.jit(noinline=True)
 def update_all(
-    weights, params, grads, first, second, layers, hyper, rules, tensors, entry, trained, size, shadowed,
+    model, weights, params, grads, first, second, layers, hyper, rules, tensors, trained, size, shadowed,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Update the model's trained tensors by their gradients."""
-    model = tl.load(entry)
     arena = whole(model * size, True)
     weights += arena
     params += arena
@@ -110,13 +115,12 @@ def update_all(
     hyper += model * HYPER
     rule = rules + model * RULE_COLUMNS
     tensors += model * trained * TENSOR_FIELDS
-    for index in tl.static_range(2):
-        row = layers + index * LAYER_COLUMNS
-        update_tensor(
-            row, weights, params, grads, first, second, hyper, rule, tensors, shadowed, False,
-            WIDTH * FIRST if index == 0 else WIDTH * OUTPUTS, RULE,
-        )  # fmt: skip
-        update_tensor(row, weights, params, grads, first, second, hyper, rule, tensors, 0, True, VECTOR, RULE)
+    w0, b0 = tensors_of(layers)
+    w2, b2 = tensors_of(layers + LAYER_COLUMNS)
+    update_tensor(w0, weights, params, grads, first, second, hyper, rule, tensors, shadowed, WIDTH * FIRST, RULE)
+    update_tensor(w2, weights, params, grads, first, second, hyper, rule, tensors, shadowed, WIDTH * OUTPUTS, RULE)
+    update_tensor(b0, weights, params, grads, first, second, hyper, rule, tensors, 0, VECTOR, RULE)
+    update_tensor(b2, weights, params, grads, first, second, hyper, rule, tensors, 0, VECTOR, RULE)
 
 
 @triton.jit
@@ -132,14 +136,15 @@ def store_gradients(dw, grads, row):
 
 @triton.jit(noinline=True)
 def gradients_of_batch(
-    x, weights, params, grads, rows, labels, target, weight, class_weight, shares, table, settings, counters, stats,
-    entry, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step, ignored_low, ignored_high,
+    model, x, weights, params, grads, rows, labels, target, weight, class_weight, shares, table, settings, counters,
+    stats, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step, ignored_low, ignored_high,
     BM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr, LOSS: tl.constexpr, SOFT: tl.constexpr,
     WEIGHTED: tl.constexpr, CLASSES: tl.constexpr, ACCURACY: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of the model's batch, and add its loss to ``stats``."""
-    model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, None)
+    count = rows_of(counters, model, M)
+    batch = rows + model * rows_size + tl.load(counters + model * COUNTERS + ROW_OFFSET)
     arena = whole(model * size, True)
     weights += arena
     params += arena
@@ -152,10 +157,15 @@ def gradients_of_batch(
     slope, output_slope = tl.load(shares + FIXED_SLOPE), tl.load(shares + SHARE_COLUMNS + FIXED_SLOPE)
     at_m, at_n, at_h = tl.arange(0, BM), tl.arange(0, OUTPUTS), tl.arange(0, WIDTH)
     ignored = ignored_label(ignored_low, ignored_high)
+    mean, eps, option = tl.load(settings + MEAN) != 0.0, tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
+    normaliser = normaliser_of(
+        batch, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, 1, CHUNK
+    )
     source = batch_rows(batch, at_m, count, 1).to(tl.int32)
     valid = source >= 0
     source = tl.maximum(source, 0).to(tl.int64)
     x_tile = tl.trans(inputs_of(x, source, valid, K, x_row, FIRST))
+    w0 = weights_of(weights, table, WIDTH, FIRST)
     label, t = source, x_tile
     if LOSS != CROSS_ENTROPY or SOFT:
         t_at = target + source[:, None] * target_row + at_n.to(tl.int64)[None, :] * target_col
@@ -166,10 +176,10 @@ def gradients_of_batch(
     weight_of = tl.where(valid, 1.0, 0.0)
     if WEIGHTED:
         weight_of = tl.load(weight + source * weight_step, mask=valid, other=0.0)
-    w2, w0 = weights_of(weights, output, OUTPUTS, WIDTH), weights_of(weights, table, WIDTH, FIRST)
+    sums = account(stats, settings)
     h, before = hidden(w0, x_tile, -biases_of(params, table, WIDTH), slope, ACTIVATION, PRODUCT)
+    w2 = weights_of(weights, output, OUTPUTS, WIDTH)
     z = tl.where(valid[None, :], affine(w2, h, -biases_of(params, output, OUTPUTS), PRODUCT), 0.0)
-    mean, eps, option = tl.load(settings + MEAN) != 0.0, tl.load(settings + SMOOTHING), tl.load(settings + OPTION)
     counts = valid
     if LOSS == CROSS_ENTROPY and not SOFT:
         counts = label >= 0
@@ -178,10 +188,12 @@ def gradients_of_batch(
         dz, loss, right = entropy(z, at_n, label, t, counts, weight_of, class_weight, eps, N, SOFT, CLASSES, ACCURACY)
     else:
         dz, loss, right = elements(z, t, at_n, counts, weight_of, output_slope, option, N, LOSS, OUTPUT, ACCURACY)
-    normaliser = normaliser_of(
-        batch, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, 1, CHUNK
+    asked = tl.sum(counts.to(tl.int32))
+    if LOSS == BINARY_CROSS_ENTROPY:
+        asked = asked * N
+    record_loss(
+        tl.sum(loss).to(tl.float64), tl.sum(right).to(tl.float64), asked.to(tl.float64), stats, sums, normaliser
     )
-    sums = account(stats, settings)
     exists = normaliser != 0.0
     dz *= tl.where(mean, tl.where(exists, 1.0 / tl.where(exists, normaliser, 1.0), 0.0), 1.0).to(tl.float32)
     rounded = dz.to(x.dtype.element_ty)
@@ -190,12 +202,6 @@ def gradients_of_batch(
     tl.store(grads + tl.load(output + DB) + at_n, tl.sum(dz, axis=1), mask=at_n < N)
     tl.store(grads + tl.load(table + DB) + at_h, db, mask=at_h < H)
     store_gradients(outer(tl.zeros((WIDTH, FIRST), tl.float32), dh, x_tile, PRODUCT), grads, table)
-    asked = tl.sum(counts.to(tl.int32))
-    if LOSS == BINARY_CROSS_ENTROPY:
-        asked = asked * N
-    record_loss(
-        tl.sum(loss).to(tl.float64), tl.sum(right).to(tl.float64), asked.to(tl.float64), stats, sums, normaliser
-    )
 
 
 @kernel(numbers_from="M")
@@ -213,16 +219,17 @@ def chip_kernel(
     ``table``: the rows of ``narrow.LAYER_FIELDS``, whose places hold for parameters and gradients.
     """
     entry = live + tl.program_id(0) * LIVE_COLUMNS
+    model = tl.load(entry)
     for _ in range(number(entry, STEPS)):
         gradients_of_batch(
-            x, weights, parameters, grads, rows, labels, target, weight, class_weight, shares, table, settings,
-            counters, stats, entry, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step,
+            model, x, weights, parameters, grads, rows, labels, target, weight, class_weight, shares, table, settings,
+            counters, stats, M, x_row, size, rows_size, label_step, target_row, target_col, weight_step,
             ignored_low, ignored_high, BM, FIRST, WIDTH, OUTPUTS, ACTIVATION, OUTPUT, LOSS, SOFT,
             WEIGHTED, CLASSES, ACCURACY, PRODUCT,
         )  # fmt: skip
         tl.debug_barrier()
         update_all(
-            weights, parameters, grads, first, second, layers, hyper, rules, tensors, entry, trained, size, shadowed,
+            model, weights, parameters, grads, first, second, layers, hyper, rules, tensors, trained, size, shadowed,
             FIRST, WIDTH, OUTPUTS, RULE,
         )  # fmt: skip
         tl.debug_barrier()
