@@ -452,8 +452,8 @@ class Engine(Trainer):
     def diagnose(self, X: Any = None) -> list[Finding]:
         """Return what is wrong with the last ``fit``, and with X (n, K), its training rows, the dead relu units.
 
-        Findings: divergence, exploding loss, slow training, no learning, overfitting, dead units. Print one for its
-        evidence and remedies. An empty list means that none of these was found.
+        Findings: divergence, exploding loss, slow or unfinished training, no learning, overfitting, dead units. Print
+        one for its evidence and remedies. An empty list means that none of these was found.
 
         Raises ArgumentError without a training and without X.
         """

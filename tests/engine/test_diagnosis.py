@@ -86,6 +86,17 @@ def test_a_loss_that_falls_slowly_and_steadily():
         assert "slow training" not in str(diagnose({"loss": losses}))
 
 
+def test_a_validation_loss_that_falls_to_the_end():
+    falling = [1.0 / (epoch + 1) for epoch in range(50)]
+    (found,) = diagnose({"loss": falling, "val_loss": falling})
+    assert "still fell, by 20.0% in the last 10 of 50 epochs" in str(found) and "more epochs" in str(found)
+    (found,) = diagnose({"val_loss": [-float(epoch) for epoch in range(1, 51)]})
+    assert "by 25.0%" in str(found)
+    flat = [max(0.025, value) for value in falling]
+    for losses in (falling[:49], flat, falling[::-1], [-value for value in falling], [1.0] * 50):
+        assert "unfinished" not in str(diagnose({"loss": losses, "val_loss": losses}))
+
+
 def test_a_training_that_ends_no_better_than_a_constant_prediction():
     chance = float(np.log(10))
     blown = {"loss": [1304.0, 8.0], "accuracy": [0.1, 0.1], "val_accuracy": [0.1, 0.096]}

@@ -70,6 +70,9 @@ class Recorder(Callback):
             self._waiting["last"] = checkpoint_bytes(engine)
 
     def on_exit(self, engine: Engine) -> None:
+        if not (self._waiting or self.run.checkpoint("last").exists()):
+            # an error ended the first epoch
+            self._waiting["last"] = checkpoint_bytes(engine)
         self._write_checkpoints()
 
     def _write_checkpoints(self) -> None:

@@ -19,6 +19,9 @@ DEAD_FRACTION = 0.3
 FEWEST_EPOCHS = 5
 SLOW = 0.1
 STEADY = 0.75
+# Unfinished training: of at least this many epochs the last fifth lowers the validation loss by this share or more.
+MANY_EPOCHS = 50
+UNFINISHED = 0.05
 # No learning: the training loss ends above this share of that of a constant prediction, and no more than this multiple
 # of a constant prediction's share of the rows are right. A loss above this multiple of it needs no FEWEST_EPOCHS.
 CONSTANT = 0.99
@@ -75,7 +78,7 @@ def diagnose(
     diverged = Finding("divergence", divergence) if divergence else None
     findings = [diverged, _exploding_loss(history), _slow_training(history)]
     if not any(findings):
-        findings.append(_no_learning(history, chance_loss))
+        findings.append(_no_learning(history, chance_loss) or _unfinished(history))
     findings += [_overfitting(history, restored, best_epoch), _dead_units(dead or {})]
     unwanted = {*in_use, *(["early stopping"] if early_stopping else [])}
     return [_in_words(finding, python, unwanted) for finding in findings if finding is not None]
@@ -142,6 +145,20 @@ def _no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | No
         message += f"; {right:.1%} of the {'validation' if 'val_accuracy' in history else 'training'} rows are right"
     figures = {"last_loss": losses[-1], "chance_loss": chance_loss}
     return Finding("no learning", message, ("lower rate", "scaling"), None, figures)
+
+
+def _unfinished(history: Mapping[str, Sequence[float]]) -> Finding | None:
+    """Find a training of many epochs that ends while its validation loss falls."""
+    losses = history.get("val_loss", ())
+    late = len(losses) // 5
+    if len(losses) < MANY_EPOCHS:
+        return None
+    before, after = min(losses[:-late]), min(losses[-late:])
+    if not before or not before - after > UNFINISHED * abs(before):
+        return None
+    share = (before - after) / abs(before)
+    message = f"the validation loss still fell, by {share:.1%} in the last {late} of {len(losses)} epochs"
+    return Finding("unfinished training", message, ("epochs", "higher rate"), None, {"fall": share})
 
 
 def _overfitting(history: Mapping[str, Sequence[float]], restored: bool, best_epoch: int | None) -> Finding | None:
