@@ -19,7 +19,8 @@ from fusemlp.cli import vary
 from fusemlp.cli.vary import combinations, parsed_axes, spelled_value
 from fusemlp.fleet import candidates
 from fusemlp.fleet.candidates import Candidate
-from make import output_of, read, refusal, result_of, rows, run
+from fusemlp.tables import recipe
+from make import output_of, read, refusal, result_of, rows, run, table
 
 
 def without_seconds(folder):
@@ -103,6 +104,16 @@ def test_the_best_is_what_train_makes_of_its_command(options, tmp_path, capsys):
     assert one.pop("seconds") > 0 < other.pop("seconds")
     assert one == other
     assert printed["test"] == one["test"]
+
+
+def test_the_command_of_several_seeds_has_the_rate_and_the_average_of_a_large_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "LARGE_BATCHES", ((40, 16, 0.0015),))
+    options = "--target price --scale robust --no-log-target --vary hidden=4,6 --seeds 2 --epochs 2 --quiet"
+    printed = result_of(capsys, "sweep", table(tmp_path / "data.csv"), *options.split(), "--out", tmp_path / "sweep")
+    assert "--batch-size 16" in printed["train"] and "--lr 0.0015" in printed["train"]
+    assert run(*shlex.split(printed["train"])[1:], "--quiet", "--out", tmp_path / "again") == 0
+    first, second = ((tmp_path / name / "metrics.csv").read_bytes() for name in ("sweep", "again"))
+    assert first == second
 
 
 def test_a_sample_is_some_of_all_and_always_the_same(tmp_path):

@@ -132,6 +132,9 @@ def prepared(folder, **given):
         # a rate belongs to the rows of a step
         (15_000, {"lr": 0.01}, (32, 0.01, None)),
         (60_000, {"lr": 0.01}, (256, 0.01, 0.99)),
+        # refused later
+        (60_000, {"lr": 0.0}, (256, 0.0, 0.99)),
+        (15_000, {"plan": "card"}, (32, None, None)),
         (60_000, {"optimizer": "sgd"}, (32, None, None)),
         (60_000, {"adversarial": "pgd"}, (32, None, None)),
         (60_000, {"dp_epsilon": 3.0}, (32, None, None)),

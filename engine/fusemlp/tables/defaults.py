@@ -101,12 +101,12 @@ def with_batch(recipe: Recipe, rows: int) -> Recipe:
     """Return the recipe with the rows of a step, its rate and average; ``rows``: see ``with_preset``."""
     if recipe.batch_size is not None:
         return recipe
-    sizes = recipes.LARGE_BATCHES if recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe) else ()
-    for least, size, rate in sizes:
+    averages = ("ema", f"{recipe.plan} plan") not in CONFLICTS and recipe.optimizer in ("adam", "adamw")
+    for least, size, rate in recipes.LARGE_BATCHES if averages and trains_plainly(recipe) else ():
         # a given rate belongs to the usual rows of a step
         if rows >= least and (rate is None or recipe.lr is None):
             average = recipes.AVERAGE if recipe.ema is None else recipe.ema
-            return replace(recipe, batch_size=size, lr=recipe.lr or rate, ema=average)
+            return replace(recipe, batch_size=size, lr=recipe.lr if rate is None else rate, ema=average)
     return replace(recipe, batch_size=recipes.BATCH)
 
 

@@ -396,5 +396,5 @@ def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the fields that the data decided, for a run's configuration."""
     preprocessor, recipe = prepared.preprocessor, prepared.recipe
     log_target = preprocessor.target_log if preprocessor.task == "regression" else None
-    decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size")}
+    decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size", "lr", "ema")}
     return {"scale": preprocessor.scale, "log_target": log_target, **decided}
