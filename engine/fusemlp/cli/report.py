@@ -184,7 +184,7 @@ def finish(
         if trained.models:
             engine.save_checkpoint(run.checkpoint("last"))
     with progress.waiting("scoring", quiet=quiet, elsewhere=True):
-        report, tested = report_of(trained, early_stopping=read_json(run.config)["options"].get("early_stopping") != 0)
+        report, tested = report_of(trained)
     # also those of a run that goes on, whose table is read by its columns
     if left_out := {row["column"]: row["note"] for row in read_columns(run) if row["became"] == "left out"}:
         report["left_out"] = left_out

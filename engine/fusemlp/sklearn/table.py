@@ -153,8 +153,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             raise
         if trained.interrupted:
             warnings.warn("Training interrupted by user.", stacklevel=2)
-        stops = trained.prepared.recipe.patience is not None
-        self.report_ = report_of(trained, early_stopping=stops)[0] if self.test_fraction else {}
+        self.report_ = report_of(trained)[0] if self.test_fraction else {}
         prepared, temperature = trained.prepared, trained.temperature
         self.engine_ = trained.engine if trained.final is None else trained.final[0]
         self.preprocessor_, self.notes_ = prepared.preprocessor, prepared.notes

@@ -338,10 +338,10 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     return engine, {"epochs": len((engine.history or History()).epochs), "rows": len(X)}
 
 
-def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any], Judged | None]:
+def report_of(trained: Trained) -> tuple[dict[str, Any], Judged | None]:
     """Return the report of a training as JSON-able values, and the predictions of its test rows.
 
-    A diverged training has neither scores nor predictions. ``early_stopping``: whether it was to stop early.
+    A diverged training has neither scores nor predictions.
     """
     prepared, engine = trained.prepared, trained.engine
     history, preprocessor = engine.history or History(), prepared.preprocessor
@@ -349,7 +349,7 @@ def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
     dead = engine.dead_units(prepared.train.X)
     divergence = "" if trained.failure is None else str(trained.failure)
     in_use = history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"]
-    known = {"divergence": divergence, "early_stopping": early_stopping, "in_use": in_use}
+    known = {"divergence": divergence, "early_stopping": prepared.recipe.patience is not None, "in_use": in_use}
     report: dict[str, Any] = {
         "task": prepared.dataset.task,
         "epochs": len(history.epochs),
