@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fusemlp.cli.session import without_gone
 from fusemlp.describe.losses import (
     LOSSES,
     MAE,
@@ -286,11 +287,13 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("kind", [{"kind": "coslog4"}, {"kind": "flat_cosine", "final": 0.0, "flat_fraction": 0.75}])
 def test_a_schedule_that_is_gone_is_read_as_a_cosine(kind):
-    """From a checkpoint, which predicts, and may go on."""
+    """From a checkpoint, which predicts, and may go on, and from the options of a run of several models."""
     optimizer = Adam(Cosine(0.1, steps=40, warmup=2))
-    config = optimizer.to_config()
-    with pytest.warns(UserWarning, match=rf"^lr: {kind['kind']} is gone; a training that goes on has a cosine"):
+    config, said = optimizer.to_config(), rf"^lr: {kind['kind']} is gone; a training that goes on has a cosine"
+    with pytest.warns(UserWarning, match=said):
         assert Optimizer.from_config({**config, "lr": {**kind, "lr": 0.1, "steps": 40, "warmup": 2}}) == optimizer
+    with pytest.warns(UserWarning, match=said):
+        assert without_gone({"schedule": kind["kind"], "devices": None}) == {"schedule": "cosine"}
 
 
 def test_what_the_warm_up_leaves_are_the_steps_of_the_schedule():

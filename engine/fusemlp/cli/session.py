@@ -23,6 +23,7 @@ from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table, read_names
+from fusemlp.describe import optimizers
 from fusemlp.describe.checks import aligned, counted, listed
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
@@ -105,8 +106,9 @@ def options_of(config: Mapping[str, Any]) -> TrainOptions:
 
 
 def without_gone(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return stored options by their names of today."""
-    return {RENAMED.get(name, name): value for name, value in options.items() if name not in GONE}
+    """Return stored options by their names of today; a cosine, with a warning, for a schedule that is gone."""
+    known = {RENAMED.get(name, name): value for name, value in options.items() if name not in GONE}
+    return known | ({"schedule": optimizers.kind_of_today(known["schedule"])} if "schedule" in known else {})
 
 
 # A wider table is summed up.

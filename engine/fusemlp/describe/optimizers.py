@@ -47,6 +47,15 @@ PLATEAU_START: PlateauState = (math.inf, 0, 1.0)
 # Schedules of earlier releases.
 GONE = ("flat_cosine", "coslog4")
 
+
+def kind_of_today(kind: Any) -> Any:
+    """Return the kind of a schedule; a cosine, with a warning, for those of earlier releases."""
+    if kind not in GONE:
+        return kind
+    warnings.warn(f"lr: {kind} is gone; a training that goes on has a cosine", stacklevel=2)
+    return "cosine"
+
+
 # torch's OneCycleLR: the rate starts at a 25th of the peak and ends at a 10000th of where it started.
 _ONE_CYCLE_END = 1.0 / 25.0 / 1e4
 
@@ -98,11 +107,10 @@ class Schedule(Description, ABC, family="schedule"):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Return the schedule of a configuration; a cosine, with a warning, for those of earlier releases."""
-        if config.get("kind") in GONE:
-            warnings.warn(f"lr: {config['kind']} is gone; a training that goes on has a cosine", stacklevel=2)
+        """Return the schedule of a configuration; for one of earlier releases see ``kind_of_today``."""
+        if (kind := config.get("kind")) in GONE:
             kept = {name: value for name, value in config.items() if name != "flat_fraction"}
-            config = {"final": 0.0, **kept, "kind": "cosine"}
+            config = {"final": 0.0, **kept, "kind": kind_of_today(kind)}
         return super().from_config(config)
 
     def over(self, total_updates: int | None) -> Self:
