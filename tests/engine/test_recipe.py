@@ -42,21 +42,6 @@ def test_optimizers(options, expected):
     assert descriptions.optimizer(replace(PLAIN, **options)) == expected
 
 
-BATCHES = [
-    ({}, 59_999, 32),
-    ({}, 60_000, 256),
-    ({"optimizer": "adamw"}, 60_000, 256),
-    ({"optimizer": "sgd"}, 60_000, 32),
-    ({"batch_size": 64}, 60_000, 64),
-    ({"adversarial": "pgd"}, 60_000, 32),
-]
-
-
-@pytest.mark.parametrize(("options", "rows", "expected"), BATCHES)
-def test_a_table_of_many_rows_takes_more_of_them_a_step(options, rows, expected):
-    assert defaults.with_batch(replace(PLAIN, **options), rows).batch_size == expected
-
-
 def test_plain_networks_of_a_backend_with_kernels_for_codes_read_them():
     assert defaults.reads_codes(replace(PLAIN, backend="numpy"))
     assert not defaults.reads_codes(replace(PLAIN, backend="triton"))
