@@ -14,7 +14,7 @@ import numpy as np
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends, network_inputs
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count, as_patience, check_choice
 from fusemlp.describe.conflicts import CONFLICTS
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
@@ -52,7 +52,7 @@ def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
         long = table and not (getattr(recipe, "adversarial", None) == "ibp" or is_private(recipe))
         epochs = recipes.TABLE_EPOCHS if long else recipes.DEFAULT_EPOCHS
     as_count("epochs", epochs)
-    if patience is not None and as_count("early_stopping", patience, minimum=0) and not validates:
+    if patience is not None and as_patience("early_stopping", patience, minimum=0) and not validates:
         raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
     return replace(recipe, epochs=epochs)
 
