@@ -12,7 +12,7 @@ import worlds
 from safetensors.numpy import load_file
 
 import make
-from fusemlp import load
+from fusemlp import load, load_checkpoint
 from fusemlp.cli import main
 
 pytest.importorskip("torch")
@@ -92,6 +92,8 @@ def test_a_run_whose_other_rank_is_killed_ends_with_the_line_that_goes_on(tmp_pa
     code, text = first.ended()
     assert code == 1 and "distributed: rank 1 of 2 ended" in text
     assert f"to go on: torchrun --nproc-per-node 2 -m fusemlp train --resume {cut}" in text
+    # it does not begin anew
+    assert 7 <= load_checkpoint(cut / "checkpoints/last.safetensors").epochs_trained < 100
     train_here("--resume", cut)
     assert_same_run(cut, whole)
 
