@@ -94,7 +94,7 @@ REFUSED = {
     "train digits --validation-fraction 1": "--validation-fraction: expected",
     "train digits --validation-fraction 0 --early-stopping 3": "watches the validation loss",
     "train digits --seed=-1": "--seed: expected",
-    "train digits --checkpoint-every 7": "checkpoints take at most a twentieth of the time",
+    "train digits --checkpoint-every 7": "writes of checkpoints take at most a twentieth of the time",
     "train --resume . --lr 0.1": "--lr: a resumed run keeps its own",
     "predict x --learning_rate 1": "No such option: --learning_rate; fusemlp train has --lr",
     "train iris --target y1 --target y2": "--target: expected once, got it 2 times",

@@ -107,7 +107,7 @@ _WORDS = {
 SYNONYMS = {f"--{word}": f"--{option}" for option, words in _WORDS.items() for word in words.split()}
 # Options of earlier releases, and what took their place.
 REMOVED = {
-    "--checkpoint-every": "checkpoints take at most a twentieth of the time now; leave it out",
+    "--checkpoint-every": "writes of checkpoints take at most a twentieth of the time now; leave it out",
     "--shard-optimizer": "each process keeps the whole state of the optimizer now; leave it out",
     "--devices": "start a sweep for each card, CUDA_VISIBLE_DEVICES=1 fusemlp sweep ..., with its part of the grid",
 }

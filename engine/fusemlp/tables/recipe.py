@@ -115,7 +115,8 @@ TABLE_EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
 # and validates and keeps an average of the weights.
 BATCH, LARGE_BATCHES, AVERAGE = 32, ((60_000, 256, None), (15_000, 128, 0.0015)), 0.99
 _LARGER = " and ".join(
-    f"of {rows:,} rows {size}" + (f" with --lr {rate:g}" if rate else "") for rows, size, rate in LARGE_BATCHES[::-1]
+    f"of {rows:,} rows {size}" + (f" at the rate {rate:g}, unless --lr is given," if rate else "")
+    for rows, size, rate in LARGE_BATCHES[::-1]
 )
 WAITS = (
     f"in tables of {LARGE_BATCHES[-1][0]:,} rows two thirds of the epochs up to the best one, {LEAST_PATIENCE} to "
@@ -266,7 +267,9 @@ class ModelRecipe(StepRecipe):
     )
 
     optimizer: Any = _optimizer("adam", "{}.", values=OPTIMIZERS, kind=str)
-    lr: Any = _optimizer(None, f"Learning rate ({SGD.lr:g} for sgd, {Adam.lr:g} for adam, adamw).", kind=float | None)
+    lr: Any = _optimizer(
+        None, f"Learning rate ({SGD.lr:g} for sgd, {Adam.lr:g} for adam, adamw; see --batch-size).", kind=float | None
+    )
     momentum: float | None = _optimizer(None, f"For sgd, 0 or more and less than 1 ({SGD.momentum:g}).")
     nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
     weight_decay: float | None = _optimizer(
@@ -282,7 +285,7 @@ class ModelRecipe(StepRecipe):
     ema: float | None = _optimizer(
         None,
         "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none, "
-        f"the default but for preset tabm and tables of {LARGE_BATCHES[-1][0]:,} rows.",
+        f"the default but for preset tabm and adam in tables of {LARGE_BATCHES[-1][0]:,} rows or more.",
     )
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
