@@ -12,6 +12,7 @@ import fusemlp
 from fusemlp import cli
 from fusemlp.cli import app, probes
 from fusemlp.cli.app import SYNONYMS
+from fusemlp.tables import recipe
 from fusemlp_kernels import errors
 from make import output_of, refusal, result_of, run, table
 
@@ -265,6 +266,16 @@ def test_lr_find(tmp_path, capsys):
     assert 1e-4 < found["suggested"] < 1.0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "exists" in refusal(capsys, "lr-find", "iris", "--plot", plot)
+
+
+def test_lr_find_takes_the_rows_a_step_of_a_training_at_its_rate(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "LARGE_BATCHES", ((40, 16, 0.0015),))
+    data = table(tmp_path / "data.csv"), "--target", "price", "--scale", "robust", "--no-log-target", "--steps", "20"
+    usual, large, free = (
+        result_of(capsys, "lr-find", *data, *more)["losses"]
+        for more in (("--batch-size", "32"), ("--batch-size", "16"), ())
+    )
+    assert free == usual != large
 
 
 def test_lr_find_prints_a_table(capsys):

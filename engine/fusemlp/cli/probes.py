@@ -157,7 +157,8 @@ def lr_find(options: FindOptions) -> None:
         raise ArgumentError("DATA: say which data the learning rate is for, such as digits")
     if options.plot is not None:
         check_output("plot", options.plot, (".png",), force=options.force)
-    prepared = prepared_data(train_options(options, ModelRecipe, preset="plain", models=1))
+    # with any rate: train takes other batches where none is given
+    prepared = prepared_data(train_options(options, ModelRecipe, preset="plain", models=1, lr=1.0))
     rows, engine = prepared.train, prepared.engine()
     rates: dict[str, Any] = {"start": options.start, "end": options.end, "steps": options.steps}
     search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, **rates)
