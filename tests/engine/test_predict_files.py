@@ -92,6 +92,7 @@ def test_every_form_is_read_again(suffix, model, new_rows, tmp_path):
     np.testing.assert_allclose(table.filter(like="probability").sum(axis=1), 1.0, atol=1e-6)
     typed = suffix in (".parquet", ".feather", ".arrow", ".xlsx")
     if typed:
+        assert {*table.filter(like="probability").dtypes} == {np.dtype(float)}
         # no number loses its zeros
         assert table["zip"].tolist() == OWN["zip"]
         assert table["count"].tolist()[:2] == [3, 4] and pandas.isna(table["count"][2])

@@ -158,6 +158,8 @@ def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict
     classes = preprocessor.classes or preprocessor.targets
     columns: list[tuple[str, Sequence[Any] | Array]] = []
     for name, values in predicted.items():
+        # as Parquet has them, whatever the precision
+        values = values.astype(np.float64) if values.dtype == np.float32 else values
         if name == "in_set":
             sets_of = ([str(label) for label, inside in zip(classes, row, strict=True) if inside] for row in values)
             columns.append(("set", ["|".join(labels) for labels in sets_of]))
