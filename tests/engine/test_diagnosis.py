@@ -95,6 +95,10 @@ def test_a_validation_loss_that_falls_to_the_end():
     flat = [max(0.025, value) for value in falling]
     for losses in (falling[:49], flat, falling[::-1], [-value for value in falling], [1.0] * 50):
         assert "unfinished" not in str(diagnose({"loss": losses, "val_loss": losses}))
+    # more epochs would end where these did
+    assert not diagnose({"loss": falling, "val_loss": falling}, waited=True)
+    for words in ("val_loss has not improved for 5 epochs", "no model improved any more on its validation rows"):
+        assert not fusemlp.History(stopped=words, history={"loss": falling, "val_loss": falling}).diagnose()
 
 
 def test_a_training_that_ends_no_better_than_a_constant_prediction():

@@ -65,20 +65,21 @@ def diagnose(
     restored: bool = False,
     best_epoch: int | None = None,
     early_stopping: bool = False,
+    waited: bool = False,
     chance_loss: float | None = None,
     in_use: Collection[str] = (),
     python: bool = True,
 ) -> list[Finding]:
     """Return all that is found in a history and, if given, in the shares of ``dead`` units by layer.
 
-    ``divergence``: the error that ended the training. ``python``: remedies as Python has them, not the command line.
-    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises. The others: see
-    ``_overfitting`` and ``_no_learning``.
+    ``divergence``: the error that ended the training; ``waited``: it stopped early. ``python``: remedies as Python has
+    them, not the command line. ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding
+    advises. The others: see ``_overfitting`` and ``_no_learning``.
     """
     diverged = Finding("divergence", divergence) if divergence else None
     findings = [diverged, _exploding_loss(history), _slow_training(history)]
     if not any(findings):
-        findings.append(_no_learning(history, chance_loss) or _unfinished(history))
+        findings.append(_no_learning(history, chance_loss) or (None if waited else _unfinished(history)))
     findings += [_overfitting(history, restored, best_epoch), _dead_units(dead or {})]
     unwanted = {*in_use, *(["early stopping"] if early_stopping else [])}
     return [_in_words(finding, python, unwanted) for finding in findings if finding is not None]

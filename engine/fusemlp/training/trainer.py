@@ -94,6 +94,8 @@ class History:
             "restored": "restored" in self.stopped,
             "best_epoch": None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1,
             "early_stopping": "not improved" in self.stopped,
+            # as of a model, or of all models of several
+            "waited": "improved" in self.stopped,
         }
         return diagnose(
             self.history, dead, **{**record, "chance_loss": self.chance_loss, "in_use": self.in_use, **known}
