@@ -70,7 +70,7 @@ class Recorder(Callback):
             self._waiting["last"] = checkpoint_bytes(engine)
 
     def on_exit(self, engine: Engine) -> None:
-        if not (self._waiting or self.run.checkpoint("last").exists()):
+        if leading() and not (self._waiting or self.run.checkpoint("last").exists()):
             # an error ended the first epoch
             self._waiting["last"] = checkpoint_bytes(engine)
         self._write_checkpoints()
