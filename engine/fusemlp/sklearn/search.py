@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import threading
 import warnings
 import weakref
 from collections import deque
@@ -51,8 +50,6 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_nam
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 # Bytes of transformed rows; beyond them all are dropped.
 LIMIT = 1 << 30
-# Warnings go where all threads' go: two that record them would leave each other's list there.
-_listening = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -164,18 +161,14 @@ class Candidates:
                     self._next = deque(None if candidate in candidates else candidate for candidate in self._next)
 
     def _set_up(self, parameters: Mapping[str, Any], fit: Callable[[Any], object]) -> Candidate | None:
-        """Return a fit that is ready to train, or None for one that fails, warns, prints or calls back."""
+        """Return a fit that is ready to train, or None for one that fails, prints or calls back."""
         loops: list[EpochLoop[SklearnPolicy]] = []
         estimator = clone(self._estimator)
 
         def collect(*data: Any) -> None:
             del model._fit
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
-                with _listening, warnings.catch_warnings(record=True) as said:
-                    # those of all threads: as errors they would end what others do
-                    warnings.simplefilter("always")
-                    loop = model._set_up(*data, make=self._model)
-                loops.extend([] if said else [loop])
+                loops.append(model._set_up(*data, make=self._model))
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
