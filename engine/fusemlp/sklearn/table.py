@@ -41,7 +41,7 @@ from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, form_of, read, with_target, with_validation
 from fusemlp.tables import transfer
-from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TABM, WAITS, TableRecipe, name_of
+from fusemlp.tables.recipe import DEFAULT_WIDTH, TABLE_EPOCHS, TABM, WAITS, TableRecipe, name_of
 from fusemlp.tables.training import Listeners, Trained, report_of, train_table
 from fusemlp.training.trainer import History
 from fusemlp_kernels.errors import ArgumentError, unknown_name
@@ -62,7 +62,7 @@ _HELP = {
     "For inputs that are numbers. Trains one model.",
     "hidden": "Widths of the hidden layers; () for none.",
     "early_stopping": "Stop after this many epochs without a better metric of the held-out rows, and restore the best "
-    f"weights; None holds out no rows. 'auto': {PATIENCE}, {WAITS}, {TABM['early_stopping']} with the preset tabm.",
+    f"weights; None holds out no rows. 'auto': {WAITS}, {TABM['early_stopping']} with the preset tabm.",
     "epochs": "Passes over the training rows at most.",
     "test_fraction": "The share of the rows that judge the model at the end, in report_; 0 for none.",
     "validation_fraction": "The share of the rows that early stopping holds out, unless fit gets X_val and y_val. "

@@ -118,10 +118,7 @@ _LARGER = " and ".join(
     f"of {rows:,} rows {size}" + (f" at the rate {rate:g}, unless --lr is given," if rate else "")
     for rows, size, rate in LARGE_BATCHES[::-1]
 )
-WAITS = (
-    f"in tables of {LARGE_BATCHES[-1][0]:,} rows two thirds of the epochs up to the best one, {LEAST_PATIENCE} to "
-    f"{MOST_PATIENCE}"
-)
+WAITS = f"{PATIENCE}, {LEAST_PATIENCE} to {MOST_PATIENCE} in tables of {LARGE_BATCHES[-1][0]:,} rows"
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
 CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
@@ -317,8 +314,8 @@ class FitRecipe(ModelRecipe):
     )
     early_stopping: int | None = _training(
         None,
-        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, {WAITS}, "
-        f"{TABM['early_stopping']} with preset tabm, 0: never), and restore the best weights.",
+        f"Epochs without a better --metric until training stops, with the best weights ({WAITS}, "
+        f"{TABM['early_stopping']} with preset tabm; 0: never).",
         "EPOCHS",
     )
     metric: str | None = _training(
