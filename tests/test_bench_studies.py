@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.plans import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "overhead", "host", "tables")
+STUDIES = ("roofline", "kernels", "overhead", "host", "tables", "trees")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -26,7 +27,7 @@ def vendor(backend="numpy", precision="fp32"):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_explains_itself(name, capsys):
     with pytest.raises(SystemExit, match="0"):
-        sys.modules[f"bench.{name}"].main(["--help"])
+        import_module(f"bench.{name}").main(["--help"])
     shown = capsys.readouterr().out
     assert all(words in shown for words in (f"python -m bench {name}", "--out", "--json", "--help"))
 
