@@ -38,6 +38,10 @@ FACTS = {
         np.abs(names["answer"](names["new"].to_dict("records")) - names["expected"]).max() < 1e-3
     ),
     "several-targets": lambda names: names["engine"].predict(names["X_new"]).shape == (300, 2),
+    "smooth-function": lambda names: (
+        np.sqrt((names["error"] ** 2).mean()) < 0.006 * names["spread"]
+        and np.abs(names["one_percent"]).mean(axis=0).argmax() == 0
+    ),
     "uncertainty": lambda names: sure(names) is None,
 }
 
