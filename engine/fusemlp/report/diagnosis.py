@@ -22,6 +22,8 @@ STEADY = 0.75
 # Unfinished training: of at least this many epochs the last fifth lowers the validation loss by this share or more.
 MANY_EPOCHS = 50
 UNFINISHED = 0.05
+# Or early stopping ends it while a schedule lowers the rate epoch by epoch, and the rate has this share of its highest.
+LOWERED = 0.1
 # No learning: the training loss ends above this share of that of a constant prediction, and no more than this multiple
 # of a constant prediction's share of the rows are right. A loss above this multiple of it needs no FEWEST_EPOCHS.
 CONSTANT = 0.99
@@ -39,6 +41,7 @@ REMEDIES = {
     "clipping": ("--clip-norm 1", "clip_norm=1.0 of the optimizer"),
     "scaling": ("--scale standard", "inputs of unit scale (Engine(normalise=True))"),
     "epochs": ("more --epochs", "more epochs"),
+    "schedule": ("--early-stopping 0", "fit without early_stopping"),
 }
 
 
@@ -79,7 +82,7 @@ def diagnose(
     diverged = Finding("divergence", divergence) if divergence else None
     findings = [diverged, _exploding_loss(history), _slow_training(history)]
     if not any(findings):
-        findings.append(_no_learning(history, chance_loss) or (None if waited else _unfinished(history)))
+        findings.append(_no_learning(history, chance_loss) or _unfinished(history, waited))
     findings += [_overfitting(history, restored, best_epoch), _dead_units(dead or {})]
     unwanted = {*in_use, *(["early stopping"] if early_stopping else [])}
     return [_in_words(finding, python, unwanted) for finding in findings if finding is not None]
@@ -148,10 +151,17 @@ def _no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | No
     return Finding("no learning", message, ("lower rate", "scaling"), None, figures)
 
 
-def _unfinished(history: Mapping[str, Sequence[float]]) -> Finding | None:
-    """Find a training of many epochs that ends while its validation loss falls."""
-    losses = history.get("val_loss", ())
-    late = len(losses) // 5
+def _unfinished(history: Mapping[str, Sequence[float]], waited: bool) -> Finding | None:
+    """Find a training of many epochs that ends while its validation loss falls, or early while its rate does."""
+    losses, rates = history.get("val_loss", ()), history.get("learning_rate", ())
+    late, lately = len(losses) // 5, rates[-FEWEST_EPOCHS:]
+    if waited:
+        falls = len(lately) == FEWEST_EPOCHS and all(after < before for before, after in pairwise(lately))
+        if not falls or lately[-1] <= LOWERED * max(rates):
+            return None
+        share = lately[-1] / max(rates)
+        message = f"early stopping ended it in epoch {len(rates)}, with the learning rate at {share:.0%} of its highest"
+        return Finding("unfinished training", message, ("schedule",), None, {"rate": share})
     if len(losses) < MANY_EPOCHS:
         return None
     before, after = min(losses[:-late]), min(losses[-late:])
