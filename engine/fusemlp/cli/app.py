@@ -131,9 +131,9 @@ HELP_ALL = "--help-all"
 # A command with more options than this shows those of its own that are common, each in a sentence.
 MOST = 21
 COMMON = {
-    *("vary", "sample", "seeds", "jobs", "target", "id", "drop", "hidden", "preset", "loss", "optimizer", "lr"),
+    *("vary", "sample", "seeds", "jobs", "target", "id", "drop", "hidden", "loss", "optimizer", "lr"),
     *("epochs", "early_stopping", "models", "time_limit", "seed", "start", "end", "steps", "plot"),
-    *("batch_size", "out", "resume", "as_json"),
+    *("batch_size", "out", "resume"),
 }
 # The commands by what people do.
 GROUPS = {
