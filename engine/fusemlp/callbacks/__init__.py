@@ -24,3 +24,17 @@ __all__ = [
     "TensorBoard",
     "WandB",
 ]
+
+# Callbacks of Keras that are not here.
+_ELSEWHERE = {
+    "BackupAndRestore": "ModelCheckpoint(path) writes, and fusemlp.load_checkpoint(path).fit(..., resume=True) goes on",
+    "LambdaCallback": "write a class with on_epoch_end(epoch, logs) and others of its methods",
+    "TerminateOnNaN": "fit does it by itself and raises DivergenceError; leave it out",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ELSEWHERE:
+        # Python hides an AttributeError from those who import the name
+        raise ImportError(f"{name}: {_ELSEWHERE[name]}")
+    raise AttributeError(f"module 'fusemlp.callbacks' has no attribute {name!r}")
