@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -62,15 +63,16 @@ KERAS = {
     "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
 }
 
-_BY_ITSELF = "rows go through in blocks whose size is chosen by itself; leave it out"
-# Arguments of Keras's methods.
-OF_PREDICT = {
-    "x": "it is called X here",
-    "batch_size": _BY_ITSELF,
-    "verbose": "it prints nothing; leave it out",
-    "callbacks": "callbacks are for fit; leave it out",
-    "return_dict": "evaluate returns a mapping; leave it out",
-}
+# Arguments of Keras's methods. Rows go through in blocks whose size is chosen by itself, and nothing is printed.
+knows_names_of_predict = partial(
+    knows_names,
+    {
+        "x": "it is called X here",
+        "callbacks": "callbacks are for fit; leave it out",
+        "return_dict": "evaluate returns a mapping; leave it out",
+    },
+    unused=("batch_size", "verbose"),
+)
 
 # Arguments that from_pretrained hands on to the engine.
 _HANDED_ON = (
@@ -268,7 +270,7 @@ class Engine(Trainer):
     def predict(self, X: Any) -> Array: ...
     @overload
     def predict(self, X: Any, *, return_std: Literal[True]) -> tuple[Array, Array]: ...
-    @knows_names(OF_PREDICT, call="predict(X)")
+    @knows_names_of_predict(call="predict(X)")
     def predict(self, X: Any, *, return_std: bool = False) -> Any:
         """Predict the targets of X (n, K).
 
@@ -278,7 +280,7 @@ class Engine(Trainer):
         """
         return self.inference.predict_std(X, self.merged_biases) if return_std else self.inference.predict(X)
 
-    @knows_names(OF_PREDICT, call="predict_proba(X)")
+    @knows_names_of_predict(call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:
         """Return probabilities (n, N) for X (n, K): of the classes, or of each label; one logit gives (n, 2).
 
@@ -297,7 +299,7 @@ class Engine(Trainer):
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
         return self.inference.member_outputs(X)
 
-    @knows_names(OF_PREDICT, call="input_gradient(X, y)")
+    @knows_names_of_predict(call="input_gradient(X, y)")
     def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
         """Return gradients by the inputs, (n, K) of the engine's type, for X (n, K); nothing is dropped.
 
@@ -312,7 +314,7 @@ class Engine(Trainer):
         """
         return self.inference.input_gradient(X, y, output=output)
 
-    @knows_names(OF_PREDICT, call="evaluate(X, y)")
+    @knows_names_of_predict(call="evaluate(X, y)")
     def evaluate(
         self,
         X: Any,

@@ -153,8 +153,9 @@ class TestMetricsAndVerbose:
     def test_verbose(self, capsys, monkeypatch):
         make().fit(X, Y, epochs=2)
         assert capsys.readouterr() == ("", "")
-        make().fit(X, Y, epochs=2, verbose=True)
-        assert capsys.readouterr().err.count("epoch") == 2
+        for verbose in (True, "auto"):
+            make().fit(X, Y, epochs=2, verbose=verbose)
+            assert capsys.readouterr().err.count("epoch") == 2
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
         make().fit(X, Y, epochs=2, verbose=2)
         lines = capsys.readouterr().err.splitlines()
@@ -211,9 +212,9 @@ WRONG = {
     "engine metrics": (lambda e: Engine(NET, metrics=["auc"]), "metrics: it belongs to fit and evaluate"),
     "engine lr": (lambda e: Engine(NET, learning_rate=0.1), "learning_rate: it belongs to the optimizer"),
     "engine epochs": (lambda e: Engine(NET, epochs=3), "epochs: it belongs to fit"),
-    "predict": (lambda e: e.predict(X, batch_size=8), "batch_size: .*leave it out"),
-    "predict_proba": (lambda e: e.predict_proba(X, verbose=0), "verbose: .*leave it out"),
-    "evaluate": (lambda e: e.evaluate(X, Y, verbose=0), "verbose: .*leave it out"),
+    "predict": (lambda e: e.predict(X, callbacks=[]), "callbacks: .*leave it out"),
+    "predict_proba": (lambda e: e.predict_proba(x=X), "x: it is called X here"),
+    "evaluate": (lambda e: e.evaluate(X, Y, return_dict=True), "return_dict: .*leave it out"),
     "network": (lambda e: MLP(5, 8, 3), r"MLP: too many arguments without names; write MLP\(\[784"),
     "units": (lambda e: MLP(units=3), "units: sizes has all widths"),
     "adam": (lambda e: fusemlp.Adam(learning_rate=0.1), "learning_rate: it is called lr here"),
@@ -235,20 +236,25 @@ def test_an_argument_of_another_name_is_refused_with_the_right_one(case):
     assert engine.update_count == 0
 
 
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 @pytest.mark.parametrize("door", ["engine", "fleet", *ESTIMATORS])
-def test_what_keras_gives_to_predict_is_refused_with_the_mend(door):
-    model = (
-        make()
-        if door == "engine"
-        else fusemlp.Fleet(NET, vary={"seed": [0]})
-        if door == "fleet"
-        else ESTIMATORS[door]()
-    )
-    for method in ("predict", "predict_proba", "score"):
-        for name, mend in (("verbose", "it prints nothing; leave it out"), ("batch_size", "rows go through in blocks")):
-            if hasattr(model, method):
-                with pytest.raises(fusemlp.ArgumentTypeError, match=f"^{name}: {mend}"):
-                    getattr(model, method)(X, **{name: 1})
+def test_what_keras_gives_to_predict_is_taken_and_does_nothing(door, capsys):
+    if door == "engine":
+        model = make()
+    elif door == "fleet":
+        model = fusemlp.Fleet(NET, vary={"seed": [0]}, batch_size=16)
+        model.fit(X, Y, epochs=1)
+    else:
+        options = {"max_iter": 1} if door.startswith("MLP") else {"epochs": 1, "models": 1}
+        model = ESTIMATORS[door](**options).fit(X, Y)
+    capsys.readouterr()
+    for method, data in (("predict", (X,)), ("predict_proba", (X,)), ("evaluate", (X, Y)), ("score", (X, Y))):
+        if hasattr(model, method):
+            plain, keras = getattr(model, method)(*data), getattr(model, method)(*data, batch_size=7, verbose=1)
+            if door == "fleet":
+                plain, keras = plain.prediction, keras.prediction
+            np.testing.assert_array_equal(plain, keras)
+    assert capsys.readouterr() == ("", "")
     # a loss without probabilities leaves the method out, as in scikit-learn
     assert not hasattr(fusemlp.sklearn.TableClassifier(loss="mse"), "predict_proba")
 
@@ -306,6 +312,14 @@ def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name, equiva
     assert equivalent in str(raised.value)
     with pytest.raises(AttributeError, match=r"^module 'fusemlp' has no attribute 'nonsense'$"):
         fusemlp.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", fusemlp.callbacks._ELSEWHERE)
+def test_a_callback_of_keras_is_an_error_that_names_ours(name):
+    with pytest.raises(ImportError, match=f"^{name}: .*(leave it out|write|goes on)"):
+        exec(f"from fusemlp.callbacks import {name}")
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        fusemlp.callbacks.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("door", ["sklearn", "torch"])

@@ -202,13 +202,14 @@ _WITHOUT_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWOR
 
 
 def knows_names(
-    elsewhere: Mapping[str, str], *, call: str = "", also: Collection[str] = ()
+    elsewhere: Mapping[str, str], *, call: str = "", also: Collection[str] = (), unused: Collection[str] = ()
 ) -> Callable[[Function], Function]:
     """Return a decorator that refuses keywords that the function does not have, and says what to write.
 
     ``elsewhere`` has a sentence for each name of another library. For other names the error proposes the nearest
     parameter. ``call`` shows a call, for too many arguments without names; ``also`` are keywords that the function
-    hands on. Raises ArgumentTypeError, a TypeError.
+    hands on, ``unused`` those of other libraries that change no result here: they are taken and do nothing. Raises
+    ArgumentTypeError, a TypeError.
     """
 
     def decorate(function: Function) -> Function:
@@ -221,9 +222,10 @@ def knows_names(
         def checked(*arguments: Any, **named: Any) -> Any:
             if not named and len(arguments) <= most:
                 return function(*arguments)
-            for name in named:
-                if name not in names:
+            for name in named.keys() - names:
+                if name not in unused:
                     raise ArgumentTypeError(_refusal(name, elsewhere, shown))
+                del named[name]
             if len(arguments) > most and call:
                 raise ArgumentTypeError(f"{call.partition('(')[0]}: too many arguments without names; write {call}")
             return function(*arguments, **named)

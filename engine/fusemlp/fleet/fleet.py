@@ -19,7 +19,7 @@ from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
-from fusemlp.engine import OF_PREDICT, Engine
+from fusemlp.engine import Engine, knows_names_of_predict
 from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, engine_bytes, room
 from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_groups
 from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
@@ -352,7 +352,7 @@ class Fleet:
         held = Kept.of(engine, described, self._machine) if self._in_parts else engine
         return Member(index, described.parameters, held, history, status, reason, scores)
 
-    @knows_names(OF_PREDICT, call="predict(X)")
+    @knows_names_of_predict(call="predict(X)")
     def predict(self, X: Any) -> Ensemble:
         """Return the joint prediction for X (n, K) of the models that did not diverge.
 

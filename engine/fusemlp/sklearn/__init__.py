@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from inspect import getattr_static, isfunction
 
-from fusemlp.describe.checks import knows_names, knows_names_of, names_absent
-from fusemlp.engine import OF_PREDICT
+from fusemlp.describe.checks import knows_names_of, names_absent
+from fusemlp.engine import knows_names_of_predict
 from fusemlp.sklearn.estimators import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
 from fusemlp.sklearn.table import RETRAINED, TableClassifier, TableRegressor
@@ -51,7 +51,7 @@ for _cls, _at in ((MLPClassifier, 0), (MLPRegressor, 0), (TableClassifier, 1), (
     knows_names_of(_cls, _elsewhere)
     for _method in ("predict", "predict_proba", "score"):
         if isfunction(_function := getattr_static(_cls, _method, None)):
-            setattr(_cls, _method, knows_names(OF_PREDICT, call=f"{_method}(X)")(_function))
+            setattr(_cls, _method, knows_names_of_predict(call=f"{_method}(X)")(_function))
 
 names_absent(
     TableClassifier, {"partial_fit": RETRAINED, "predict_interval": "predict_set(X) returns sets of classes for rows"}

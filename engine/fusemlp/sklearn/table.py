@@ -30,7 +30,7 @@ from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe import checks, conflicts, description, losses, network
 from fusemlp.describe.checks import AUTO
 from fusemlp.describe.metrics import METRICS, Judged
-from fusemlp.engine import OF_PREDICT, load_checkpoint
+from fusemlp.engine import knows_names_of_predict, load_checkpoint
 from fusemlp.fleet.results import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics, onnx, runs
@@ -419,7 +419,7 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         return float(accuracy_score(truth, self.predict(X)[kept], sample_weight=weight))
 
     @available_if(_gives_probabilities)
-    @checks.knows_names(OF_PREDICT, call="predict_proba(X)")
+    @knows_names_of_predict(call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities (n, classes), or (n, labels), in the order of ``classes_``.
 

@@ -158,6 +158,7 @@ def _as_several(argument: str, value: Any) -> Any:
 
 
 def _check_verbose(argument: str, value: Any) -> int:
+    value = 1 if isinstance(value, str) and value == "auto" else value  # as Keras has it
     if value not in (0, 1, 2):
         raise ArgumentError(f"{argument}: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {value!r}")
     return int(value)
