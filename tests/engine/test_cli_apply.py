@@ -145,6 +145,8 @@ def test_a_run_that_was_moved_still_answers(species, tmp_path):
 WRONG = {
     "no run": (["evaluate", "nowhere"], 1, "there is no such folder"),
     "weights": (["evaluate", "RUN", "--weights", "bset"], 2, "--weights: unknown name 'bset'; did you mean 'best'"),
+    "no data to read": (["evaluate", "RUN", "--sep", ";"], 2, "--sep: it tells how --data is read; give --data too"),
+    "no data to explain": (["explain", "RUN", "--sheet", "a"], 2, "--sheet: it tells how --data is read"),
     "backend": (["evaluate", "RUN", "--backend", "nunpy"], 2, "did you mean 'numpy'"),
     "no labels": (["evaluate", "RUN", "--data", "BARE"], 1, "no target column 'species'"),
     "other data": (["evaluate", "RUN", "--data", "iris"], 1, "4 features a row, and training had 3"),

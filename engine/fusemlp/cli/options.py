@@ -8,7 +8,7 @@ Those of a training are the fields of ``fusemlp.tables.recipe``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fusemlp.program.program import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp.tables import recipe
+from fusemlp_kernels.errors import ArgumentError
 
 EXPLAIN_METHODS = ("permutation", *METHODS)
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
@@ -230,6 +231,13 @@ class ApplyOptions(UseOptions, TextOptions):
     """The options of the commands that read other data for the model of a run."""
 
     ignore_unused: bool = _option(False, "Do not mention columns that the training did not have; they are ignored.")
+
+    def __post_init__(self) -> None:
+        if getattr(self, "data", None) is None:
+            reading = {field.name: field.default for field in fields(TextOptions)} | {"ignore_unused": False}
+            for name, default in reading.items():
+                if getattr(self, name) != default:
+                    raise ArgumentError(f"{name}: it tells how --data is read; give --data too, or leave it out")
 
     def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""
