@@ -27,7 +27,7 @@ RECIPES = {
     "betas": (TABLE, {"models": 2, "beta1": 0.8, "eps": 1e-6, "decay_biases": False, "accumulate": 2}),
     "schedule": (TABLE, {"models": 1, "schedule": "cosine", "lr": 0.01, "warmup": 0.5, "drop_last": True}),
     "network": (TABLE, {"models": 1, "activation": "leaky_relu", "slope": 0.3, "init": "he_normal", "hidden": (9, 5)}),
-    "norm": (TABLE, {"norm": "rms", "hidden": (9, 5)}),
+    "norm": (TABLE, {"norm": ("rms", "layer"), "hidden": (9, 5)}),
     "final fit": (TABLE, {"models": 2, "final_fit": True, "split_seed": 4, "test_fraction": 0.3}),
     "time": (TABLE, {"models": 1, "time": "a", "metric": "val_loss"}),
     "preset": (TABLE, {"preset": "tabm", "scale": "robust"}),

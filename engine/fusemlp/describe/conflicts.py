@@ -12,9 +12,8 @@ from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 Features = Mapping[str, Any]
 
 # Said of a feature that a network with members does not have.
-SINGLE = (
-    " takes a network without members, and this one has {members}; make it with members=1, or by train --preset plain"
-)
+_SINGLE_MEND = "make it with members=1, or by train --preset plain"
+SINGLE = f" takes a network without members, and this one has {{members}}; {_SINGLE_MEND}"
 _DRAWN = "the engine trains privately; each step draws its rows at random; leave it out"
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
@@ -37,8 +36,7 @@ _MANY_STEPS = {
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
 CONFLICTS = {
     ("members", "prelu"): "members: prelu's slope belongs to a whole layer, got members={members}; use leaky_relu",
-    ("members", "no hidden layer"): "members: they share hidden layers, and sizes has none, got members={members}; add "
-    "one: MLP([8, 64, 2])",
+    ("members", "no hidden layer"): "members: they share hidden layers, and this has none; add one: MLP([8, 64, 2])",
     ("members", "output activation"): "output_activation: with members it must be 'identity', got "
     "{output activation!r}",
     ("members", "sum"): "reduction: the loss of {members} members is the mean of theirs; expected 'mean', got {sum!r}",
@@ -50,7 +48,7 @@ CONFLICTS = {
         (feature, other): words
         for feature, argument, what in (("norm", "norm", "normalised layers"), ("residual", "sizes", "residual blocks"))
         for other, words in {
-            "members": f"{argument}: members share no {what} so far; make the network with members=1",
+            "members": f"{argument}: members share no {what} so far; {_SINGLE_MEND}",
             "prelu": f"{argument}: prelu's slope is not learned beside {what}; use leaky_relu",
             "privacy": f"{argument}: private training clips each row's gradient, and has none for {what}; leave "
             "privacy out",
@@ -228,8 +226,13 @@ def in_use(**features: Any) -> dict[str, Any]:
 
 def refused_by(features: Features, backend: str) -> str | None:
     """Return why a backend does not take all of these features; None if it does."""
-    rows = (words for (feature, other), words in CONFLICTS.items() if other == backend and feature in features)
-    return next((words.format_map(features) for words in rows), None)
+    return next(iter(obstacles_to(backend, features).values()), None)
+
+
+def obstacles_to(name: str, features: Features) -> dict[str, str]:
+    """Return the errors of those of the features that do not go with the one called ``name``."""
+    others = {({*pair} - {name}).pop(): words for pair, words in CONFLICTS.items() if name in pair}
+    return {other: others[other].format_map(features) for other in others if other in features}
 
 
 def check_together(features: Features) -> None:

@@ -9,6 +9,8 @@ Parameters bear the names that torch gives them in the plain ``nn.Sequential``: 
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -164,6 +166,8 @@ def rolled(sizes: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[int | 
     return entries
 
 
+# The arguments of which each hidden layer may have its own, and their fields.
+BY_LAYER = {"activation": "activations", "dropout": "dropouts", "norm": "norms"}
 FIELDS = ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks", "encoding")
 
 
@@ -181,8 +185,42 @@ def layer_of(name: str) -> int:
     return int(name.partition(".")[0].removesuffix(NORM)) // 2
 
 
+def names_in_sequence(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the names that the parameters of an ``nn.Sequential`` have in ``state_dict``, by their names and shapes.
+
+    Modules without parameters, such as Dropout, have numbers there and none here. Vectors of the width of a matrix
+    after it are those of a normalisation. Raises ArgumentError for names and shapes that are no Linear layers,
+    normalisations and PReLU slopes.
+    """
+    places = {name: (int(match[1]), *match.group(2, 3)) for name in shapes if (match := _IN_SEQUENCE.fullmatch(name))}
+    matrices = sorted(place[0] for name, place in places.items() if place[2] == "weight" and len(shapes[name]) == 2)
+    names: dict[str, str] = {}
+    for name, (number, of_norm, kind) in places.items():
+        # the last matrix up to this number
+        layer = bisect_right(matrices, number) - 1
+        if layer < 0:
+            continue
+        shape, width = shapes[name], shapes[f"{matrices[layer]}.weight"][:1]
+        if matrices[layer] == number and not of_norm:
+            names[name] = f"{2 * layer}.{kind}"
+        elif shape == width and (of_norm or width != (1,)):
+            names[name] = f"{2 * layer}{NORM}.{kind}"
+        elif kind == "weight" and shape == (1,):
+            names[name] = f"{2 * layer + 1}.weight"
+    strange = shapes.keys() - names.keys()
+    if strange or not matrices:
+        raise ArgumentError(
+            "source: expected the parameters of an nn.Sequential of Linear layers, 0.weight, 0.bias, 2.weight, ..., "
+            f"got {', '.join(name for name in shapes if name in strange) or 'none'}; rename them, or leave them out"
+        )
+    return names
+
+
 # Behind the number of a layer, in the names of the parameters of its normalisation.
 NORM = "_norm"
+_IN_SEQUENCE = re.compile(rf"(\d+)({NORM})?\.(weight|bias)")
+# The mend for a network that has other parameters.
+ALIKE = "give zeros for a missing bias, and the network PReLU() for a slope (1,) and its norm, 'layer' or 'rms'"
 _INPUTS = "the first of sizes is the number of inputs: MLP([784, 128, 10])"
 _ARGUMENTS = {
     **dict.fromkeys(("hidden", "units"), "sizes has all widths: MLP([784, 128, 10])"),
@@ -329,13 +367,14 @@ class MLP(Description):
 
     def hidden_arguments(self, start: int = 0, stop: int = -1) -> dict[str, Any]:
         """Return the arguments that each hidden layer has its own of, for those from ``start`` to before ``stop``."""
-        values = {"activation": self.activations, "dropout": self.dropouts, "norm": self.norms}
+        values = {name: getattr(self, field) for name, field in BY_LAYER.items()}
         return {name: own[start:stop] for name, own in values.items() if own}
 
-    def entries(self, start: int, stop: int) -> list[int | Residual]:
-        """Return ``sizes`` as the constructor takes them of a network of the layers from ``start`` to before ``stop``.
+    def part(self, start: int, stop: int, *widths: int) -> MLP:
+        """Return the network of the layers from ``start`` to before ``stop``, and of new ones of ``widths`` after them.
 
-        Raises ArgumentError if ``start`` or ``stop`` cuts a block, or parts it from the layer before it.
+        The new hidden layers are like the last hidden one that ends no block, without dropout. Raises ArgumentError if
+        ``start`` or ``stop`` cuts a block, or parts it from the layer before it.
         """
         for first, last in self.blocks:
             if first <= start <= last or first < stop <= last:
@@ -344,7 +383,12 @@ class MLP(Description):
                     f"layers: {cut} cuts the residual block of layers {first + 1} to {last + 1}; take {last + 1}"
                 )
         blocks = [(first - start, last - start) for first, last in self.blocks if start <= first and last < stop]
-        return rolled(self.sizes[start : stop + 1], blocks)
+        sizes = [*rolled(self.sizes[start : stop + 1], blocks), *widths]
+        hidden, new = self.hidden_arguments(start, stop if widths else stop - 1), range(1, len(widths))
+        like = max({*range(start, stop)} - {last for _, last in self.blocks}) - start
+        layers = {name: [*values, *(values[like] for _ in new)] for name, values in hidden.items()}
+        layers["dropout"] = [*hidden["dropout"], *(0.0 for _ in new)]
+        return self.but(sizes=sizes, **layers, encoding=None if start else self.encoding)
 
     def shares(self, layer: int) -> bool:
         """Return whether members share the weights of a layer."""

@@ -51,7 +51,6 @@ log = logging.getLogger("fusemlp.sklearn")
 # Help for parameters that the command line lacks or words otherwise.
 _HELP = {
     "activation": "One for all hidden layers, or one for each: names, or objects such as LeakyReLU(0.1).",
-    "norm": "Normalise the rows of hidden layers before the activation: layer, rms, or objects; one, or one for each.",
     "dropout": "Probability of dropping a hidden unit in a training step; one, or one for each hidden layer.",
     "drop": "Names of columns to leave out; those of an array are x0, x1, ...",
     "missing": "Words and numbers that stand for missing cells, beside None and NaN, such as ('unknown', -999).",

@@ -15,7 +15,7 @@ from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends, network_inputs
 from fusemlp.describe.checks import as_count, as_patience, check_choice
-from fusemlp.describe.conflicts import CONFLICTS
+from fusemlp.describe.conflicts import CONFLICTS, in_use, obstacles_to
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
@@ -150,22 +150,24 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool, validates: bool = 
     return replace(recipe, preset="tabm", models=1, **changes), recipes.MEMBERS, [note]
 
 
+# The fields of features that members do not go with, where they have other names.
+_FIELDS = {
+    **{"prelu": "activation", "no hidden layer": "hidden", "output activation": "output_activation"},
+    **{"privacy": "dp_epsilon", "ranks": "preset", "cupy": "backend"},
+}
+
+
 def _obstacles_to_tabm(recipe: TableRecipe) -> dict[str, str]:
     """Return the fields that the preset does not go with, and why."""
-    net, no_kernels = _plain_network(recipe), ("members", recipe.backend) in CONFLICTS
-    obstacles = {
+    others = {
         "models": ((recipe.models or 1) > 1, "it is one network whose members share weights; leave it out"),
-        "hidden": (net.layers == 1, "members share hidden layers; leave it out"),
-        "norm": ("norm" in net.uses, "members share no normalised layers; leave it out"),
-        "activation": ("prelu" in net.uses, "prelu's slope belongs to a whole layer; use leaky_relu"),
         "transfer_from": (recipe.transfer_from is not None, "that run has its own network; leave it out"),
-        "dp_epsilon": (is_private(recipe), "private training takes plain networks; leave it out"),
-        "adversarial": (recipe.adversarial is not None, "adversarial training takes plain networks; leave it out"),
-        "output_activation": (recipe.output_activation != "identity", "members have linear outputs; leave it out"),
-        "backend": (no_kernels, f"{recipe.backend} has no kernels for members; use triton or numpy"),
-        "preset": (started(), "several processes of torchrun train a plain network; leave it out"),
     }
-    return {name: reason for name, (stands, reason) in obstacles.items() if stands}
+    training = {"privacy": is_private(recipe), "adversarial": recipe.adversarial, recipe.backend: True}
+    uses = {**_plain_network(recipe).uses, **in_use(**training, ranks=started()), "members": recipes.MEMBERS}
+    rows = obstacles_to("members", uses).items()
+    reasons = {_FIELDS.get(feature, feature): words.partition(": ")[2] for feature, words in rows}
+    return {name: words for name, (stands, words) in others.items() if stands} | reasons
 
 
 def _plain_network(recipe: ModelRecipe) -> MLP:

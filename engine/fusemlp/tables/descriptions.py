@@ -14,7 +14,7 @@ from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import as_count, as_number, check_choice, listed
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
-from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
+from fusemlp.describe.network import BY_LAYER, MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
 from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, balanced
@@ -119,29 +119,26 @@ def _numbers(argument: str, text: str) -> list[float]:
         raise ArgumentError(f"{argument}: expected a number, or several as in 0.2,0.5, got {text!r}") from None
 
 
-def dropout_rates(recipe: StepRecipe) -> Any:
-    """Return the rate of dropout, or the list of those of the hidden layers."""
-    if not isinstance(recipe.dropout, str):
-        return recipe.dropout
-    rates = _numbers("dropout", recipe.dropout)
-    return rates if len(rates) > 1 else rates[0]
+def by_layers(argument: str, value: Any) -> Any:
+    """Return a value for all hidden layers, or a list with one for each, of a text such as relu,tanh or 0.2,0.5."""
+    if not isinstance(value, str):
+        return value
+    parts = _numbers(argument, value) if argument == "dropout" else [word.strip() for word in value.split(",")]
+    return parts if len(parts) > 1 else parts[0]
 
 
 def network(sizes: Sequence[int], recipe: StepRecipe, *, members: int = 1) -> MLP:
     """Return the network of these widths; the recipe's ``slope`` is that of the activations that have one."""
     arguments = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name in _OF_NETWORK}
-    activation: Any = recipe.activation
-    if isinstance(activation, str):
-        activation = [as_activation("activation", name.strip()) for name in activation.split(",")]
-        activation = activation if len(activation) > 1 else activation[0]
+    arguments |= {name: by_layers(name, arguments[name]) for name in BY_LAYER}
+    activation: Any = arguments["activation"]
     if recipe.slope is not None:
         several = isinstance(activation, Iterable) and not isinstance(activation, str)
         activations = [as_activation("activation", part) for part in (activation if several else [activation])]
         if not any(part.name in SLOPES for part in activations):
             raise ArgumentError(f"slope: only {one_of(SLOPES, 'and')} have one, got activation {recipe.activation!r}")
         activations = [Activation(part.name, recipe.slope) if part.name in SLOPES else part for part in activations]
-        activation = activations if several else activations[0]
-    arguments |= {"activation": activation, "dropout": dropout_rates(recipe)}
+        arguments["activation"] = activations if several else activations[0]
     return MLP(sizes, members=members, **arguments)
 
 

@@ -174,7 +174,10 @@ class StepRecipe:
         "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
     )
     norm: Any = _network(
-        None, "Normalise the rows of hidden layers before the activation: {}.", values=NORMALISATIONS, kind=str | None
+        None,
+        "Normalise the rows of hidden layers before the activation: {}; one, or one a hidden layer.",
+        values=NORMALISATIONS,
+        kind=str | None,
     )
     dropout: Any = _network(
         "0",

@@ -126,7 +126,8 @@ class Source:
         preprocessor = replace(like, **{name: getattr(fitted, name) for name in names})
         last = network_ends(preprocessor, loss)[1] * descriptions.loss(recipe, loss, None).width
         sizes, dropouts = (*known.sizes[:-1], last), known.dropouts
-        dropouts = descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else dropouts
+        if descriptions.by_layers("dropout", recipe.dropout):
+            dropouts = descriptions.network(sizes, recipe).dropouts
         net = known.but(
             sizes=sizes, output_activation="identity" if new else known.activations[-1], dropout=dropouts[:-1]
         )

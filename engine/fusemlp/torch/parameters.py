@@ -26,10 +26,10 @@ from fusemlp_kernels.errors import ArgumentError, ShapeError
 def to_torch(engine: Engine) -> nn.Sequential:
     """Return the engine's network as an ``nn.Sequential`` on the CPU with copies of its parameters, in train mode.
 
-    Its ``state_dict`` has the keys of ``engine.state_dict()``. Dropout layers have names such as ``1_dropout``, so the
-    numbers of the other layers do not change, and sums of residual blocks names such as ``5_sum``. The module of an
-    engine that normalises its inputs starts with a layer ``normalise``, which does so; an encoding is a layer
-    ``encoding``. The loss is not included: a classifier returns logits.
+    Its ``state_dict`` has the keys of ``engine.state_dict()``. Layers without parameters have names such as
+    ``1_dropout``, so the numbers of the others do not change. The module of an engine that normalises its inputs starts
+    with a layer ``normalise``, which does so; an encoding is a layer ``encoding``. The loss is not included: a
+    classifier returns logits.
     """
     as_kind("engine", engine, Engine, "a fusemlp.Engine")
     engine.scaling.check_measured()

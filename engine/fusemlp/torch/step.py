@@ -42,8 +42,8 @@ class FusedStep:
     next step follows every change: train and eval mode, ``requires_grad``, the options of ``param_groups``, loaded
     states. Gradients are not stored: ``grad`` is None after a step.
 
-    - module: Linear, LayerNorm, RMSNorm, activations, Dropout, Flatten and residual blocks in ``nn.Sequential`` (nested
-      too), or a module whose ``forward`` torch.fx can trace to such a chain; float32, or float64 on the CPU
+    - module: an ``nn.Sequential`` (nested too) of the layers of an ``MLP``, with Flatten where it needs it, or a module
+      whose ``forward`` torch.fx can trace to such a chain; float32, or float64 on the CPU
     - loss_fn: CrossEntropyLoss, NLLLoss after LogSoftmax, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or
       PoissonNLLLoss, mean or sum, which the kernels compute; or any callable ``loss_fn(output, *targets)`` that returns
       a 0-d tensor. Torch's autograd differentiates a callable by the output, which takes longer; ``print(step)`` says

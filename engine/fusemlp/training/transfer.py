@@ -1,7 +1,6 @@
 """Transfer learning: start from the layers of another network, freeze or slow them, train the others first."""
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together, in_use
-from fusemlp.describe.network import MLP, NORM, layer_of
+from fusemlp.describe.network import ALIKE, MLP, layer_of, names_in_sequence
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
@@ -19,8 +18,6 @@ from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 Probed = TypeVar("Probed", bound=Trainer)
-
-_NAME = re.compile(r"(\d+)(_norm)?\.(weight|bias)")
 
 
 def shifted(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -78,49 +75,15 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
     if not kept or not widths:
         expected = "the width of at least an output layer, and a source with layers before it"
         raise ArgumentError(f"head: expected {expected}, got {head!r} for {known!r}")
-    # the hidden layers of the head are like the last one before it; the end of a block has no activation
-    like, new = max({*range(kept)} - {last for _, last in known.blocks}), len(widths) - 1
-    layers_of = {name: [*values, *[values[like]] * new] for name, values in known.hidden_arguments(0, kept).items()}
-    dropout = [*known.dropouts[:kept], *[0.0] * new]
-    built = known.but(sizes=[*known.entries(0, kept), *widths], **{**layers_of, "dropout": dropout})
-    return built, kept if count is None else count
+    return known.part(0, kept, *widths), kept if count is None else count
 
 
 def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of an ``nn.Sequential`` by the names of this package: matrix l is ``{2l}.weight``.
-
-    Vectors of its width after it are those of a normalisation.
-
-    Modules without parameters, such as Dropout, have numbers there and none here. Raises ArgumentError for names and
-    shapes that are no Linear layers, normalisations and PReLU slopes.
-    """
+    """Return the parameters of an ``nn.Sequential`` by the names of this package: see ``names_in_sequence``."""
     scale = {name: state[name] for name in (MEAN, SCALE) if name in state}
     arrays = {str(name): to_array(f"source[{name!r}]", array) for name, array in state.items() if name not in scale}
-    matched = {name: _NAME.fullmatch(name) for name in arrays}
-    matrices = sorted(
-        int(match[1]) for name, match in matched.items() if match and match[3] == "weight" and arrays[name].ndim == 2
-    )
-    parameters: dict[str, Any] = {}
-    strange = []
-    for name, match in matched.items():
-        number, of_norm, kind = (int(match[1]), match[2], match[3]) if match else (-1, None, "")
-        # the last matrix up to this number
-        layer = bisect_right(matrices, number) - 1
-        width = arrays[f"{matrices[layer]}.weight"].shape[:1] if layer >= 0 else None
-        if layer >= 0 and matrices[layer] == number and not of_norm:
-            parameters[f"{2 * layer}.{kind}"] = arrays[name]
-        elif arrays[name].shape == width and (of_norm or width != (1,)):
-            parameters[f"{2 * layer}{NORM}.{kind}"] = arrays[name]
-        elif layer >= 0 and kind == "weight" and arrays[name].shape == (1,):
-            parameters[f"{2 * layer + 1}.weight"] = arrays[name]
-        else:
-            strange.append(name)
-    if strange or not matrices:
-        raise ArgumentError(
-            "source: expected the parameters of an nn.Sequential of Linear layers, 0.weight, 0.bias, 2.weight, ..., "
-            f"got {', '.join(strange or map(str, state)) or 'none'}; rename them, or leave them out"
-        )
-    return {**parameters, **scale}
+    names = names_in_sequence({name: array.shape for name, array in arrays.items()})
+    return {**{names[name]: array for name, array in arrays.items()}, **scale}
 
 
 def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[dict[str, Array], int]:
@@ -140,10 +103,7 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     wanted = {name: shape for name, shape in shapes.items() if layer_of(name) < layers}
     differ = {name for name in parameters if layer_of(name) < layers} ^ set(wanted)
     if differ:
-        raise ArgumentError(
-            f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
-            "network the activation PReLU() for a slope (1,) and its norm, 'layer' or 'rms'"
-        )
+        raise ArgumentError(f"source: source or network lacks {', '.join(sorted(differ))}; {ALIKE}")
     present = {name: tuple(parameters[name].shape) for name in wanted}
     other = {name: shape for name, shape in present.items() if shape != wanted[name]}
     if other:
@@ -177,7 +137,7 @@ def probing(
     def later(named: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
 
-    head = net.but(sizes=net.entries(kept, net.layers), encoding=None, **net.hidden_arguments(kept))
+    head = net.part(kept, net.layers)
     traits = engine.memory.backend.traits
     keeps_plan = was_asked(engine.plan_reason) and has_plan(traits, engine.plan, head, engine.precision)
     tail = engine.like(
