@@ -54,6 +54,11 @@ def test_a_rank_reads_its_part_of_the_blocks(found, name):
         assert 0 <= len(both[0]) - len(both[1]) <= windows and both[1]
 
 
+def test_ranks_train_on_a_memory_mapped_array_in_the_order_of_blocks(tmp_path):
+    np.save(tmp_path / "X.npy", np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float32))
+    worlds.run(2, tmp_path, streams.mapped, tmp_path / "X.npy")
+
+
 SAID = {
     "seed": "distributed: Blocks differs: rank 0 has Blocks(101 rows in 13 blocks, batch_size=16, window=3, seed=0)",
     "shuffle": "distributed: shuffle of blocks differs: rank 0 has True, rank 1 has False; give",

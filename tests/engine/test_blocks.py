@@ -1,8 +1,5 @@
 """``Blocks``: shuffled batches of memory-mapped arrays and Parquet files, in a bounded part of the memory."""
 
-import os
-import subprocess
-import sys
 import tracemalloc
 from itertools import chain
 
@@ -150,39 +147,6 @@ def test_memory_mapped_arrays_are_trained_on_where_they_are(tmp_path):
     trained.fit(mapped[:200], labels[:200], epochs=1)
     order = Blocks(mapped, labels).order
     assert peak_of(lambda: trained.fit(mapped, labels, epochs=1, row_order=order)) < mapped.nbytes / 2
-
-
-RANK = """
-import sys, tracemalloc
-import numpy as np
-from fusemlp import MLP, Blocks, Engine
-
-X = np.load(sys.argv[1], mmap_mode="r")
-y, start = np.arange(len(X)) % 3, 100
-# It never stops: in Python 3.11 that crashes beside threads that free arrays (gh-128679), as gloo's do.
-tracemalloc.start()
-
-def trained(X):
-    engine = Engine(MLP([X.shape[1], 8, 3]), batch_size=96, backend="numpy", normalise=False, distributed=True)
-    engine.fit(X[:start], y[:start], epochs=1)
-    before = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
-    engine.fit(X, y, epochs=2, row_order=Blocks(X, y, block_rows=500, window=2).order)
-    return engine.state_dict(), tracemalloc.get_traced_memory()[1] - before
-
-(mapped, peak), (whole, _) = trained(X), trained(np.array(X))
-assert all(np.array_equal(mapped[name], whole[name]) for name in whole)
-assert peak < X.nbytes / 2, peak
-"""
-
-
-def test_ranks_train_on_a_memory_mapped_array_in_the_order_of_blocks(tmp_path):
-    pytest.importorskip("torch.distributed")
-    np.save(tmp_path / "X.npy", RNG.normal(size=(20_000, 64)).astype(np.float32))
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path / "rank.py", tmp_path / "X.npy"], env=environment, check=True, timeout=240)
 
 
 def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path):
