@@ -123,11 +123,16 @@ def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=No
     return pair
 
 
-@pytest.mark.parametrize("activation", [twin for _, twin in ACTIVATIONS.values()], ids=ACTIVATIONS)
-@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.parametrize("loss, kind", LOSSES.values(), ids=LOSSES.keys())
-def test_sixty_steps(loss, kind, make_optimizer, activation):
-    assert_same_training(network(activation), loss(), make_optimizer, kind)
+def paired(*tables):
+    """Return names of two tables and of a third, shorter one, in which each two of different tables are together."""
+    first, second, third = map(list, tables)
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
+@pytest.mark.parametrize("activation, loss, optimizer", paired(ACTIVATIONS, LOSSES, OPTIMIZERS))
+def test_sixty_steps(activation, loss, optimizer):
+    make_loss, kind = LOSSES[loss]
+    assert_same_training(network(ACTIVATIONS[activation][1]), make_loss(), OPTIMIZERS[optimizer], kind)
 
 
 @pytest.mark.parametrize("loss, kind", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS.keys())
@@ -229,22 +234,21 @@ class Blocks(nn.Module):
         return self.last(self.nested(x))
 
 
-@pytest.mark.parametrize("make", [normalised, Blocks])
-@pytest.mark.parametrize(
-    "norm",
-    [
-        nn.LayerNorm,
-        nn.RMSNorm,
-        lambda width: nn.LayerNorm(width, 1e-3, bias=False),
-        lambda width: nn.RMSNorm(width, 0.1),
-    ],
-)
-@pytest.mark.parametrize("name, clip", [("momentum", None), ("adamw", None), ("groups of other rules", 0.3)])
-def test_normalised_layers_and_residual_blocks(name, clip, norm, make):
+NORMS = {
+    "LayerNorm": nn.LayerNorm,
+    "RMSNorm": nn.RMSNorm,
+    "LayerNorm without bias": lambda width: nn.LayerNorm(width, 1e-3, bias=False),
+    "RMSNorm, eps": lambda width: nn.RMSNorm(width, 0.1),
+}
+CLIPPED = {"momentum": None, "adamw": None, "groups of other rules": 0.3}
+
+
+@pytest.mark.parametrize("norm, optimizer, make", paired(NORMS, CLIPPED, (normalised, Blocks)))
+def test_normalised_layers_and_residual_blocks(norm, optimizer, make):
     torch.manual_seed(3)
-    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
-    module = make(norm).double()
-    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip_grad_norm=clip, steps=200)
+    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[optimizer]
+    module, options = make(NORMS[norm]).double(), {"clip_grad_norm": CLIPPED[optimizer], "steps": 200}
+    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", **options)
 
 
 # The first norm of the gradients is about one: this clips at the beginning of a run and later does not.
