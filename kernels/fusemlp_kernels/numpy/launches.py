@@ -35,7 +35,7 @@ import numpy as np
 from fusemlp_kernels import philox
 from fusemlp_kernels.contract import ACTIVATIONS, DISTRIBUTIONS, LOSSES
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
-from fusemlp_kernels.numpy.compiled.tables import LINE, OPTIONAL
+from fusemlp_kernels.numpy.compiled.tables import LINE, OPTIONAL, Kind
 from fusemlp_kernels.numpy.processor import lacks_tiles
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, radix, seed_key
 from fusemlp_kernels.pointwise import OPTIMIZERS
@@ -255,11 +255,7 @@ def launch(work: int, job: int, tasks: int) -> None:
 OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
 NAMES = frozenset(
     {
-        *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
-        *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "BY_ITSELF", "PERTURB", "SCALE", "SCALE_BACKWARD", "HEADS", "HEADS_BACKWARD"),
-        *("COLUMNS", "CODES", "SUMS", "FACTORS", "ADD", "ENCODE"),
-        *OPTIONAL,
+        *({*Kind.__members__, *OPTIONAL, "BY_ITSELF"} - {"CLOCK", "PAUSE"}),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES, *DISTRIBUTIONS)),
         *OPTIMIZER_NAMES,
     }

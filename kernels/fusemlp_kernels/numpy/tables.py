@@ -170,7 +170,7 @@ class CallTable:
             self.slopes += 1
         # of a layer of codes the units, and not the inputs
         self.widest = max(self.widest, sizes["k" if kind in ("CODES", "SUMS") else "n"])
-        self.fill(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
+        self.fill(len(self.rows) - 1, kind=t.Kind[kind], shard=self.shard, **fields)
 
     def add_later(self) -> None:
         """Add the rows of ``later``."""

@@ -296,7 +296,7 @@ CHIP = {
 }
 # The most stretches of a member's rows, or of a batch's, that are summed by themselves.
 MOST_SPLITS = 32
-# Whole rows of at most this many columns at a time, narrowest first: of ``normalise``, and of the sum of two matrices.
+# Whole rows of at most this many columns at a time, narrowest first.
 ROWS = (Tile(16, 64, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(1, 1024, 0, 4, 1))
 
 

@@ -84,7 +84,7 @@ def gather(call: Any, like: Any, rows: Any, first: int, count: int, following: A
 def product(call: Any, head: Any, like: Any, first: int, count: int, room: int) -> None:
     """The product of a layer, or of the gradient by its inputs, for rows of the batch."""
     inputs, outputs, size = call.k, call.n, like.itemsize
-    if call.kind == t.BACKWARD:
+    if call.kind == t.Kind.BACKWARD:
         call_function(
             head.product, call.dz + size * first * outputs, outputs, 1, call.w, t.PANEL, inputs,
             outputs, head.zeros, 0, 1.0 / (1.0 - call.rate), 0.0, call.out + size * first * inputs,

@@ -118,7 +118,7 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, bottom
         alpha = -elements(np.float64, head.hyper)[c.LEARNING_RATE] * tensor.lr_factor
         beta = 1.0 + alpha * tensor.decay
     top, left = piece.top, piece.left
-    if call.kind == t.WEIGHT and call.members:
+    if call.kind == t.Kind.WEIGHT and call.members:
         # the rows of the weights of one member after another, each by its outputs_each rows of the batch
         inputs, members = call.k, call.members
         outputs_each = outputs // members
@@ -132,12 +132,12 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, bottom
                 call.out + size * (top * inputs + left), inputs, stop - top, piece.right - left, room,
             )  # fmt: skip
             top = stop
-    elif call.kind == t.WEIGHT:
+    elif call.kind == t.Kind.WEIGHT:
         if bottom > top:
             _add_products(call, head, like, call.dz, call.x, count, piece, bottom, alpha, beta, room)
     else:
         # a bias, or a slope, whose gradient is one number already
-        rows = count if call.kind == t.BIAS else 1
+        rows = count if call.kind == t.Kind.BIAS else 1
         if call.members:
             rows = count // call.members
         if call.parts:
@@ -180,7 +180,7 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
     """Penalty, noise and update of a piece, and its panels for the next step; the sum of squares of a penalty."""
     left, width = piece.left, piece.right - piece.left
     inputs, top, bottom = call.k, piece.top, piece.bottom
-    if call.kind not in (t.WEIGHT, t.CODES):
+    if call.kind not in (t.Kind.WEIGHT, t.Kind.CODES):
         inputs, top, bottom = 0, 0, 1
     elif width == inputs:
         # whole rows lie together
@@ -198,7 +198,7 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
         if call.param:
             _update(call, head, like, counters, elements(like, call.out + at), at, call.first, first, width, 1.0, task)
     if call.panels and head.step + 1 < head.steps:
-        if call.kind == t.CODES:
+        if call.kind == t.Kind.CODES:
             sum_columns(call, like, piece.top, piece.bottom)
         else:
             _pack(call, call.w, head, piece)
@@ -208,20 +208,20 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
 @register_jitable(**EXACT)
 def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, bottom: int, task: int, room: int) -> float:
     """A piece of a tensor; what it adds to the sums of its phase. The gradient by a weight goes down to ``bottom``."""
-    if call.kind in (t.NORM, t.UPDATE):
+    if call.kind in (t.Kind.NORM, t.Kind.UPDATE):
         at = like.itemsize * (tensor_at(head.tensors, piece.top).offset + piece.left)
         grads, width = elements(like, call.dz + at), piece.right - piece.left
-        if call.kind == t.NORM:
+        if call.kind == t.Kind.NORM:
             return sum_of_squares(grads, width, 1.0)
         _update(call, head, like, counters, grads, at, piece.top, piece.left, width, head.scale, task)
         return 0.0
-    if call.kind == t.PACK:
+    if call.kind == t.Kind.PACK:
         _pack(call, call.w, head, piece)
         return 0.0
-    if call.kind == t.SUMS:
+    if call.kind == t.Kind.SUMS:
         sum_columns(call, like, piece.top, piece.bottom)
         return 0.0
-    if call.kind == t.CODES:
+    if call.kind == t.Kind.CODES:
         adds = counters[c.BATCH_INDEX] % head.accumulate != 0
         gradient_of_columns(call, head, like, piece, shard_rows(call, head, counters), adds, task)
     else:

@@ -2,9 +2,9 @@
 
 Numba compiles every branch that it sees, which takes most of the first ``fit`` on a machine. So this module first cuts
 the branches that a program never takes from the source: ``if kind == NAME``, for each NAME of the printed formulas or
-``t.NAME`` of ``tables`` that the program does not use, and ``if call.field``, ``if head.field``, and ``if flag`` after
-``flag = call.field != 0``, for each field that it does not fill. Such a flag is assigned once. The rest computes the
-same.
+``t.Kind.NAME`` of ``tables`` that the program does not use, and ``if call.field``, ``if head.field``, and ``if flag``
+after ``flag = call.field != 0``, for each field that it does not fill. Such a flag is assigned once. The rest computes
+the same.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _NUMBERS = {"t": tables, "c": contract}
 
 
 def _named(place: ast.expr) -> str:
-    """NAME of ``t.NAME``, as a name of ``tables`` stands in the source, or of NAME; nothing for anything else."""
+    """NAME of ``t.Kind.NAME`` or ``t.NAME``, as names of ``tables`` stand in the source, or of NAME; else nothing."""
     match place:
-        case ast.Attribute(value=ast.Name(id="t"), attr=name) | ast.Name(id=name):
+        case ast.Attribute(ast.Name("t") | ast.Attribute(ast.Name("t")), name) | ast.Name(name):
             return name
     return ""
 
@@ -68,6 +68,8 @@ class _Cutter(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         """A name of ``_NUMBERS`` becomes its number, which numba would take longer to look up."""
         match node.value:
+            case ast.Attribute(value=ast.Name(id="t"), attr="Kind"):
+                return ast.copy_location(ast.Constant(int(tables.Kind[node.attr])), node)
             case ast.Name(id=module) if module in _NUMBERS:
                 return ast.copy_location(ast.Constant(getattr(_NUMBERS[module], node.attr)), node)
         return self.generic_visit(node)

@@ -64,59 +64,59 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int, room: in
     batch = elements(np.int64, call.rows + 8 * call.walks * counters[c.ROW_OFFSET])
     rows = part(batch, call.shard)
     partials = elements(np.float64, head.partials + 8 * head.partial_count * task)
-    if kind == t.GATHER:
+    if kind == t.Kind.GATHER:
         step, total, left = counters[c.ROW_STEP], counters[c.ROW_TOTAL], 0
         if call.walks and step * total > 0 and step * call.k * like.itemsize <= AHEAD:
             # none beyond the epoch
             left = total - counters[c.ROW_OFFSET] % total - step - call.shard
         gather(call, like, rows, first, count, part(rows, step), left)
-    elif kind == t.ACTIVATE:
+    elif kind == t.Kind.ACTIVATE:
         activate_rows(call, like, first, count, batch_index, lanes_of(head, task))
-    elif kind in (t.ENTROPY, t.ELEMENTWISE):
+    elif kind in (t.Kind.ENTROPY, t.Kind.ELEMENTWISE):
         labels, target = elements(np.int64, call.target), elements(like, call.target)
         weight, class_weight = elements(like, call.weighted), elements(like, call.class_weighted)
         y, z = block(like, call.y, first, outputs), block(like, call.z, first, outputs)
         dz, own_rows = block(like, call.dz, first, outputs), part(rows, first)
         shares = shares_of(labels, weight, class_weight, batch, whole if outputs else 0, call)
         scored = count if outputs else 0
-        if kind == t.ENTROPY:
+        if kind == t.Kind.ENTROPY:
             cross_entropy(
                 z, dz, labels, target, weight, class_weight, own_rows, scored, outputs, call, shares, partials
             )
         # no else: its code would stay where it is not used
-        elif kind == t.ELEMENTWISE:
+        elif kind == t.Kind.ELEMENTWISE:
             spare, levels = elements(like, call.out), elements(like, call.b)
             spare = part(spare, first * (outputs if call.b else 3 * call.k))
             elementwise(y, dz, target, weight, own_rows, scored, outputs, call, shares, partials, spare, levels)
             derive(call, like, partials, y, z, dz, count * outputs, 1.0)
-    elif kind == t.PADDING:
+    elif kind == t.Kind.PADDING:
         end = min(call.k, first + head.block)
         dz = block(like, call.dz, first, outputs)
         for i in range(count * outputs, (end - first) * outputs):
             dz[i] = 0
-    elif kind == t.BACKWARD:
+    elif kind == t.Kind.BACKWARD:
         derive_rows(call, like, partials, first, count)
-    elif kind == t.COLUMNS:
+    elif kind == t.Kind.COLUMNS:
         add_columns(call, head, like, first, count, task)
-    elif kind == t.PERTURB:
+    elif kind == t.Kind.PERTURB:
         perturb_rows(call, like, rows, first, count, batch_index, lanes_of(head, task))
-    elif kind == t.ENCODE:
+    elif kind == t.Kind.ENCODE:
         encode_rows(call, like, rows, first, count, task)
-    elif kind == t.SCALE:
+    elif kind == t.Kind.SCALE:
         scale_rows(call, head, like, rows, first, count, batch_index, task)
-    elif kind == t.SCALE_BACKWARD:
+    elif kind == t.Kind.SCALE_BACKWARD:
         scale_rows_backward(call, like, rows, first, count, task)
-    elif kind == t.HEADS:
+    elif kind == t.Kind.HEADS:
         heads(call, head, like, first, count, room)
-    elif kind == t.HEADS_BACKWARD:
+    elif kind == t.Kind.HEADS_BACKWARD:
         heads_backward(call, head, like, first, count, room)
-    elif kind == t.ADD:
+    elif kind == t.Kind.ADD:
         add_rows(call, like, first, count)
-    elif kind == t.SQUARES:
+    elif kind == t.Kind.SQUARES:
         x, dz = block(like, call.x, first, call.k), block(like, call.dz, first, outputs)
         norms = elements(np.float64, call.out + 8 * first)
         add_squares(norms, x, dz, count, call.k, outputs, call.b, call.afresh)
-    elif kind == t.SHRINK:
+    elif kind == t.Kind.SHRINK:
         norms = elements(np.float64, call.out + 8 * first)
         shrink(norms, block(like, call.dz, first, outputs), count, outputs, call.largest)
 
@@ -138,7 +138,7 @@ def _end_rows(call: Any, head: Any, like: Any, counters: Any, tasks: int) -> Non
     stats, whole = elements(np.float64, call.recorded), batch_rows(head, counters)
     if call.dslope:
         elements(like, call.dslope)[0] = _sum(partials, call.slope_part, width, tasks)
-    if kind in (t.ENTROPY, t.ELEMENTWISE) and call.recorded:
+    if kind in (t.Kind.ENTROPY, t.Kind.ELEMENTWISE) and call.recorded:
         loss = _sum(partials, t.LOSS_PART, width, tasks)
         hits, scored = _sum(partials, t.HITS_PART, width, tasks), _sum(partials, t.SCORED_PART, width, tasks)
         shares = partials[t.SHARES_PART]
@@ -195,7 +195,7 @@ def _end_phase(head: Any, like: Any, counters: Any, phase: Any) -> None:
         for at in range(first, end):
             total += sums[at]
         call = call_at(head.calls, phase.first)
-        if call.kind == t.NORM:
+        if call.kind == t.Kind.NORM:
             grads, scale = elements(like, call.dz), 1.0 / head.accumulate
             scale *= clip_factor(grads, head.tensors, call.first, call.end, total, scale, head.clip_norm)
             head.scale = scale
@@ -227,7 +227,7 @@ def _open(head: Any, like: Any) -> int:
                 while counters[c.ROW_COUNT] > 0 and rows[counters[c.ROW_COUNT] - 1] < 0:
                     counters[c.ROW_COUNT] -= 1
             continue
-        if call_at(head.calls, phase.first).kind in (t.NORM, t.UPDATE):
+        if call_at(head.calls, phase.first).kind in (t.Kind.NORM, t.Kind.UPDATE):
             if not updated:
                 continue
             if not head.clips:
@@ -239,7 +239,7 @@ def _open(head: Any, like: Any) -> int:
                 target, weight = elements(like, call.target), elements(like, call.weighted)
                 call.present = present(target, weight, rows, batch_rows(head, counters), call)
         if phase.tasks == 0:
-            if call_at(head.calls, phase.first).kind == t.PAUSE:
+            if call_at(head.calls, phase.first).kind == t.Kind.PAUSE:
                 head.phase = at
                 return 0
             continue
@@ -258,7 +258,7 @@ def _continues(head: Any, at: int) -> bool:
     """True if a piece is of a weight and the rows below those of the piece before it."""
     piece, above = piece_at(head.pieces, at), piece_at(head.pieces, at - 1)
     beside = piece.row == above.row and piece.left == above.left and piece.right == above.right
-    return beside and piece.top == above.bottom and call_at(head.calls, piece.row).kind == t.WEIGHT
+    return beside and piece.top == above.bottom and call_at(head.calls, piece.row).kind == t.Kind.WEIGHT
 
 
 def work(job: int, task: int, room: int) -> int:
@@ -278,7 +278,7 @@ def work(job: int, task: int, room: int) -> int:
         rows = head.block * first
         for at in range(phase.first, phase.end):
             call = call_at(head.calls, at)
-            if call.kind in (t.AFFINE, t.BACKWARD):
+            if call.kind in (t.Kind.AFFINE, t.Kind.BACKWARD):
                 count = min(head.block * (end - first), shard_rows(call, head, counters) - rows)
                 product(call, head, like, rows, count, room)
             for number in range(first, end):

@@ -7,6 +7,8 @@ PHASE, TASK and PIECE for each of those. Every field has eight bytes; arrays and
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 
 from fusemlp_kernels import contract
@@ -58,11 +60,12 @@ DEPTH = 512
 # codes), FACTORS (those that members multiply its inputs by, from what CODES has left): a gradient, with its update
 # where there is a param; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows
 # that a layer of codes adds up. CLOCK. PAUSE: a launch ends there, and the next goes on from there.
-(
-    GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
-    SQUARES, SHRINK, PERTURB, SCALE, SCALE_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS, PAUSE, ADD, FACTORS,
-    ENCODE,
-) = range(28)  # fmt: skip
+Kind = IntEnum(
+    "Kind",
+    "GATHER AFFINE ACTIVATE ENTROPY ELEMENTWISE PADDING BACKWARD WEIGHT BIAS SLOPES NORM UPDATE PACK CLOCK SQUARES "
+    "SHRINK PERTURB SCALE SCALE_BACKWARD HEADS HEADS_BACKWARD COLUMNS CODES SUMS PAUSE ADD FACTORS ENCODE",
+    start=0,
+)
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient
