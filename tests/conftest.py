@@ -4,6 +4,7 @@ The oracle comparison and its tolerances live with the kernels' tests, and all t
 """
 
 import base64
+import gc
 import importlib.util
 import io
 import os
@@ -77,3 +78,12 @@ def rendered(request):
 def pytest_collection_modifyitems(items):
     """Begin with what takes a minute: at the end the other worker would have nothing left to do."""
     items.sort(key=lambda item: item.path.name != "test_apart.py")
+
+
+def pytest_collection_finish():
+    """Keep the collector from searching what is there for the whole run, such as modules and test items."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()

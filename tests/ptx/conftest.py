@@ -1,6 +1,5 @@
 """The emulator runs kernels that Triton compiles: where Triton interprets them, its tests run in another process."""
 
-import gc
 import importlib.util
 import os
 import sys
@@ -38,12 +37,3 @@ def _parameters(case):
     """Return the parameters that the sample varies, and the test, as there may be none."""
     varied = hasattr(case, "callspec") and case.originalname != ONCE
     return {"test": case.originalname, **(case.callspec.params if varied else {})}
-
-
-def pytest_collection_finish():
-    """Keep the collector from searching what is there for the whole run, such as torch's modules."""
-    gc.freeze()
-
-
-def pytest_sessionfinish():
-    gc.unfreeze()
