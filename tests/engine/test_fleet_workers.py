@@ -1,7 +1,6 @@
 """Fleets and sweeps whose models train in other processes, and go on where they were cut off."""
 
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -11,11 +10,11 @@ from pickle import PicklingError
 import joblib
 import numpy as np
 import pytest
+from lost_worker import killed_at_2
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
 from fusemlp.cli import sweep, vary
 from fusemlp.fleet import workers
-from fusemlp.fleet.results import Member
 from fusemlp.fleet.workers import trained_elsewhere
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 from make import assert_same, read, refusal, rows, run
@@ -36,22 +35,6 @@ def assert_same_models(found, expected):
         for name in ("parameters", "scores", "status", "reason"):
             assert getattr(one, name) == getattr(other, name)
         assert_same(one.engine.state_dict(), other.engine.state_dict())
-
-
-def members(numbers, reason=""):
-    return [Member(number, {}, None, None, "trained", reason, {}) for number in numbers]
-
-
-# Stand-ins for a training, by name, as processes need them.
-
-
-def killed_at_2(numbers, once):
-    """Kill the process that trains model 2, with ``once`` only where that file is missing."""
-    if 2 in numbers and (once is None or not once.exists()):
-        if once is not None:
-            once.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return members(numbers)
 
 
 class TestFleets:
