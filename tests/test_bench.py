@@ -130,14 +130,6 @@ def run_of(tmp_path, *arguments):
     return code, path, report.read(path)
 
 
-def test_json_is_one_object(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
-    code, path, _ = run_of(tmp_path, "--json")
-    printed = json.loads(capsys.readouterr().out)
-    assert (code, printed["file"]) == (0, str(path))
-    assert [line["peer"] for line in printed["lines"]] == ["engine"]
-
-
 def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cases.CASES, TINY.name, TINY)
     running = []
@@ -175,11 +167,12 @@ def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.skipif(not X86, reason="the instruction sets are those of x86")
-def test_a_narrower_instruction_set_and_the_share_of_its_peak(tmp_path, monkeypatch, capsys):
+def test_json_is_one_object_and_a_narrower_instruction_set_has_the_share_of_its_peak(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cases.CASES, TINY.name, TINY)
-    code, _, lines = run_of(tmp_path, "--isa", "sse")
+    code, path, lines = run_of(tmp_path, "--isa", "sse", "--json")
+    assert json.loads(capsys.readouterr().out) == {"file": str(path), "lines": lines}
+    assert (code, main(["--markdown", str(path)])) == (0, 0)
     printed = capsys.readouterr().out
-    assert code == 0
     assert [line["isa"] for line in lines] == ["sse"]
     assert lines[0]["instruction_sets"]["engine"]["fusemlp"] == "sse"
     # operations in a microsecond are a thousandth of those in a second, in units of 1e9
