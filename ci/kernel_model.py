@@ -169,8 +169,14 @@ def expected(launch: Recorded, work: Work, row: Row, goal: Goal, card: Card = H1
 def expected_card(launch: Recorded, row: Row, card: Card = H100) -> Expected:
     """Return the expected time of a step of ``card_kernel``: of each phase its longest program, and meetings."""
     phases, keeping = card_phases(launch)
-    times = [max(_passes(row["waits"], row["loops"], trips) for trips in phase) for phase in phases]
     meeting, after = card.grid_barrier * card.clock, len(launch.arguments["layers"].tolist())
+
+    def cycles(trips: Mapping[str, int]) -> float:
+        # the gradients of each further layer wait again
+        again = trips.get("card_kernel 4", 1) - 1
+        return _passes(row["waits"], row["loops"], trips) + again * meeting
+
+    times = [max(map(cycles, phase)) for phase in phases]
     beside = max(sum(times[after:]) + (len(times) - after - 1) * meeting, _passes(row["waits"], row["loops"], keeping))
     seconds = (sum(times[:after]) + beside + (after + 1) * meeting) / card.clock
     return Expected(call_of(launch), launch.programs, len(phases), "waits", seconds, row["triton"])

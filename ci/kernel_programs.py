@@ -237,12 +237,13 @@ def card_phases(launch: Recorded) -> tuple[list[list[dict[str, int]]], dict[str,
         for n, k in lower[::-1]
     ]
     counts = [(over(n, tile.weight_rows) * over(k, tile.weight_columns), over(n, card.VECTOR.value)) for n, k in sizes]
-    kinds = [kind for weights, biases in counts for kind in "w" * weights + "b" * biases]
+    kinds = [(kind, layer) for layer, (w, b) in enumerate(counts) for kind in "w" * w + "b" * b]
     last = []
     for worker in range(workers):
-        mine = kinds[worker::workers]
-        weights, biases = mine.count("w"), mine.count("b")
-        trips = {"card_kernel 4": len(mine), "gradients_of_layer 2": len(mine), "gradients_of_layer": weights}
+        mine = kinds[worker * len(kinds) // workers : (worker + 1) * len(kinds) // workers]
+        weights, biases = (sum(kind == each for kind, _ in mine) for each in "wb")
+        runs = max(len({layer for _, layer in mine}), 1)
+        trips = {"card_kernel 4": runs, "gradients_of_layer 2": runs, "gradients_of_layer": weights}
         trips |= {"gradients_of_layer.weight_tile": weights * along, "gradients_of_layer 3": biases}
         last.append(trips | {"gradients_of_layer.column_sums": biases * along})
     keeping = {"keep()": 1, "keep.sums_of_all": over(blocks, PARTIALS), "keep.normaliser_of": weighing}

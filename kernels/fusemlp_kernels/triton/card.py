@@ -1,11 +1,11 @@
 """Many whole training steps of one model in one launch on the whole card: all programs share each phase of a step.
 
-The tiles of a phase are dealt to the programs in turn. Between two phases they meet, which a cooperative launch allows:
-all of them run at a time. A program arrives, loads the numbers of its next phase, and waits. It loads what others have
-stored from the L2 cache (``.cg``), because the L1 cache of a multiprocessor may hold older values. The last program has
-no tiles: after the loss it adds up the losses and advances the clock, while the others, which have read it when the
-step began, go on. dz of the layer below the outputs comes with the loss: each program computes the outputs of its rows
-itself. The phases are those of ``resident_layers``.
+The tiles of a phase are dealt to the programs in turn; of the gradients each program has a stretch. Between two phases
+they meet, which a cooperative launch allows: all of them run at a time. A program arrives, loads the numbers of its
+next phase, and waits. It loads what others have stored from the L2 cache (``.cg``), because the L1 cache of a
+multiprocessor may hold older values. The last program has no tiles: after the loss it adds up the losses and advances
+the clock, while the others, which have read it when the step began, go on. dz of the layer below the outputs comes with
+the loss: each program computes the outputs of its rows itself. The phases are those of ``resident_layers``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from fusemlp_kernels.triton.resident_layers import (
     HYPER,
     LAYER_COLUMNS,
     LAYER_N,
+    LAYERS,
     STEPS,
     arrive,
     backward,
+    ends_of_layers,
     forward,
     gradients_of_layer,
     loss_and_gradient,
     number,
     rows_of,
-    tiles_of_layers,
     wait,
 )
 from fusemlp_kernels.triton.tiles import kernel
@@ -100,7 +101,10 @@ def card_kernel(
     arrivals = workers * (tl.maximum(depth, 2) + tl.maximum(depth - 2 - lowest, 0)) + programs
     # the arrivals of earlier launches; some of this one may have come
     start = tl.atomic_add(arrived, 0, sem="relaxed", scope="gpu") // arrivals * arrivals
-    tiles, ends = tiles_of_layers(layers, depth, WN, WK, VECTOR)
+    # this program's tiles of the gradients
+    ends = ends_of_layers(layers, depth, WN, WK, VECTOR)
+    total = tl.max(ends)
+    begin, end = program * total // workers, (program + 1) * total // workers
     for _ in range(number(live, STEPS)):
         count, batch_index, offset = begin_step(hyper, counters, numbers, M)
         batch = rows + offset
@@ -131,14 +135,16 @@ def card_kernel(
                     ".cg",
                 )  # fmt: skip
             inside += workers
-            meet(arrived, start + inside)
-            for tile in range(program, tl.sum(tiles), workers):
-                below = ends <= tile
+            arrive(arrived)
+            # one layer at least, which waits
+            lower = tl.minimum(tl.sum((ends <= begin).to(tl.int32)), depth - 1)
+            for index in range(lower, tl.maximum(tl.sum((ends < end).to(tl.int32)), lower) + 1):
+                before = tl.max(tl.where(tl.arange(0, LAYERS) < index, ends, 0))
                 gradients_of_layer(
                     compute, weights, parameters, parameters, first, second, batch, layers, parameters, batch_index,
-                    numbers, rules, tensors, measured, live, count, depth, 0, 0, 0, 0, tl.sum(below.to(tl.int32)), 0,
-                    shadowed, 0, tile - tl.sum(tl.where(below, tiles, 0)), 1 << 30, WN, WK, SPLIT * BK, VECTOR, PRODUCT,
-                    1, ".cg",
+                    numbers, rules, tensors, measured, live, count, depth, 0, 0, 0, 0, index, 0, shadowed,
+                    begin - before, end - before, arrived, start + inside, WN, WK, SPLIT * BK, VECTOR, PRODUCT, 1,
+                    ".cg",
                 )  # fmt: skip
         if program == keeper:
             wait(arrived, start + workers * tl.maximum(depth, 2))

@@ -236,7 +236,7 @@ def resident_kernel(
                 gradients_of_layer(
                     compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
                     tensors, measured, entry, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
-                    0, 0, 1, WN, WK, BM, OUTPUTS, PRODUCT, PARTS, None,
+                    0, 1 << 30, counters, 0, WN, WK, BM, OUTPUTS, PRODUCT, PARTS, None,
                 )  # fmt: skip
             elif kind == UPDATE:
                 update_from_memory(

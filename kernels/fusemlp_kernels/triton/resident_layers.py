@@ -144,12 +144,6 @@ def slope_of(row, shares, params, CACHE: tl.constexpr):
 
 
 @triton.jit
-def own_tile(dealt, place, workers):
-    """Return the first tile of this program, after ``dealt`` tiles of others."""
-    return (place + workers - dealt % workers) % workers
-
-
-@triton.jit
 def arrive(arrived):
     """Count this program among those that have ended a phase on the whole card."""
     tl.debug_barrier()
@@ -443,26 +437,26 @@ def weight_tile(
 
 
 @triton.jit
-def tiles_of_layers(layers, depth, BN: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr):
-    """Return of each layer the tiles of ``gradients_of_layer``, and those up to its end, (LAYERS,) int32."""
+def ends_of_layers(layers, depth, BN: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the tiles of ``gradients_of_layer`` up to the end of each layer, (LAYERS,) int32."""
     at = tl.arange(0, LAYERS)
     row, inside = layers + at * LAYER_COLUMNS, at < depth
     N, K = tl.load(row + LAYER_N, mask=inside, other=0), tl.load(row + LAYER_K, mask=inside, other=0)
     of_weights = tl.where(tl.load(row + W_TASK, mask=inside, other=-1) >= 0, tl.cdiv(N, BN) * tl.cdiv(K, BK), 0)
     of_bias = tl.where(tl.load(row + B_TASK, mask=inside, other=-1) >= 0, tl.cdiv(N, VECTOR), 0)
     tiles = (of_weights + of_bias).to(tl.int32)
-    return tiles, tl.sum(tl.where(at[None, :] <= at[:, None], tiles[None, :], 0), axis=1)
+    return tl.sum(tl.where(at[None, :] <= at[:, None], tiles[None, :], 0), axis=1)
 
 
 @triton.jit(noinline=True)
 def gradients_of_layer(
     compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, measured,
-    entry, M, depth, trained, work_size, size, rows_size, index, stored, shadowed, dealt, place, workers,
+    entry, M, depth, trained, work_size, size, rows_size, index, stored, shadowed, begin, end, arrived, goal,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr,
     PARTS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Compute this program's tiles of the gradients by a layer's weights, bias and slope; update by them, or store
-    them. Return the tiles ``dealt`` in all."""
+    """Compute the tiles from ``begin`` to ``end`` of the gradients by a layer's weights, bias and slope; update by
+    them, or store them."""
     model, count, batch, _ = batch_at(rows, counters, entry, M, rows_size, CACHE)
     work, arena = model * work_size, whole(model * size, True)
     weights += arena
@@ -486,7 +480,9 @@ def gradients_of_layer(
     w = whole(tl.load(row + W), True)
     pull = tl.load(measured + model * MEASURES + PULL)
     tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
-    for tile in range(own_tile(dealt, place, workers), tiles, workers):
+    if CACHE is not None:
+        wait(arrived, goal)
+    for tile in range(tl.maximum(begin, 0), tl.minimum(end, tiles)):
         at_n, col = tile // wide * BN + tl.arange(0, BN), tile % wide * BK
         acc = weight_tile(
             dz, x, batch, at_n, col + tl.arange(0, BK), count, N, K, dz_row, x_row, gather, BM, PRODUCT, CACHE
@@ -500,14 +496,14 @@ def gradients_of_layer(
                 g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
                 second, counters, hyper, rule, tensors, task, code, stored, shadowed,
             )  # fmt: skip
-    dealt += tiles
+    dealt = tiles
     # the bias, then the slope if there is one to train
     for vector in range(tl.where(number(row, SLOPE_TASK) >= 0, 2, 1)):
         task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
         length = tl.where(vector == 0, N, 1)
         start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
         tiles = tl.where(task >= 0, tl.cdiv(length, VECTOR), 0)
-        for tile in range(own_tile(dealt, place, workers), tiles, workers):
+        for tile in range(tl.maximum(begin - dealt, 0), tl.minimum(end - dealt, tiles)):
             at = tile * VECTOR + tl.arange(0, VECTOR)
             mask = at < length
             if vector == 0:
@@ -522,4 +518,3 @@ def gradients_of_layer(
                 code, stored, 0,
             )  # fmt: skip
         dealt += tiles
-    return dealt
