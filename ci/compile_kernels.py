@@ -102,6 +102,8 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
         flags = [
             variant.constants.get(name, name == "ALIGNED") for name in ("ALIGNED", "NOISY", "CROSS_ENTROPY", "MANY")
         ]
+        # those of three layers have tiles of their own
+        flags.append(variant.kernel.endswith("narrow") and variant.constants["LAYERS"] > 2)
         return variant.kernel, variant.precision, *flags, variant.tile.split > 1
 
     largest: dict[tuple[str | bool, ...], tuple[int, int]] = {}

@@ -236,9 +236,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 for entropy in (False, True):
                     constants = configs.resident_constants(card_tile, product, entropy)
                     yield Variant("card", precision, card_tile, constants)
-    narrow_tile = configs.narrow_tile(arch, precision)
-    if narrow_tile is not None:
-        yield from _narrow(narrow_tile, precision, product)
+    yield from _narrow(arch, precision, product)
     yield Variant("norm", "fp32", configs.SWEEP, swept)
     yield Variant("advance", "fp32", configs.SMALL, {})
 
@@ -250,11 +248,15 @@ NARROW = (
     ((64, 64, 16), "relu", "mse"),
     *(((32, 64, 64, 16), activation, "cross_entropy") for activation in ("relu", "tanh")),
     *(((32, 64, 64, 16), "relu", kind) for kind in ("mse", "huber")),
+    *(((32, 64, 64, 64, 16), "relu", kind) for kind in ("mse", "cross_entropy")),
 )
 
 
-def _narrow(tile: Tile, precision: str, product: str) -> Iterator[Variant]:
+def _narrow(arch: configs.Architecture, precision: str, product: str) -> Iterator[Variant]:
     for sizes, activation, kind in NARROW:
+        tile = configs.narrow_tile(arch, precision, len(sizes) - 2)
+        if tile is None or len(sizes) - 2 > configs.narrow_layers(arch):
+            continue
         forward = {
             **configs.narrow_constants(tile, sizes), "ACTIVATION": ACTIVATIONS.index(activation), "OUTPUT": 0,
             "PRODUCT": product,

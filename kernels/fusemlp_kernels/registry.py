@@ -57,7 +57,7 @@ TRAITS = {
             "chip kernel", 2, 64, 32, 16, 32, ("fp32", "tf32", "bf16"), hidden=1, step=3e-6, speed=1e11
         ),
         # two programs on each multiprocessor of an H100
-        narrow=NarrowLimits(layers=2, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),
+        narrow=NarrowLimits(layers=3, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),
     ),
     # the core of training alone; cuBLAS reads whole matrices, and cuts a long batch itself
     "cupy": Traits(

@@ -48,6 +48,7 @@ CASES = {
     "huber": (MLP([WIDTH, 9, 33, CLASSES], activation="selu", output_activation="tanh"), "huber", numbers),
     "labels": (MLP([64, 17, CLASSES], activation="leaky_relu"), "binary_cross_entropy", labels),
     "frozen": (NET.but(activation="relu"), "mae", numbers),
+    "three layers": (MLP([WIDTH, 40, 18, 33, CLASSES]), "cross_entropy", classes),
 }
 
 
@@ -174,10 +175,10 @@ def test_a_bound_call_keeps_its_gradients_alive():
 
 
 @interpreted
-@pytest.mark.parametrize("sizes", [(4,), (4, 3), (4, 5, 5, 5, 3)])
+@pytest.mark.parametrize("sizes", [(4,), (4, 3), (4, 5, 5, 5, 5, 3)])
 def test_a_call_of_too_few_or_too_many_layers_is_refused(sizes):
     kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
-    with pytest.raises(fusemlp.ArgumentError, match="train_narrow: layers: expected 1 to 2 hidden layers"):
+    with pytest.raises(fusemlp.ArgumentError, match="train_narrow: layers: expected 1 to 3 hidden layers"):
         kernels.bind("train_narrow", **narrow_call(kernels, *sizes))
 
 
@@ -209,8 +210,8 @@ REFUSED = {
     "residual": (MLP([4, 8, fusemlp.Residual(6), 2]), {}, "no residual blocks"),
     "clip_norm": (MLP([4, 8, 2]), {"optimizer": SGD(clip_norm=1.0)}, "whose norm no launch takes"),
     "accumulate": (MLP([4, 8, 2]), {"optimizer": SGD(accumulate=2)}, "one batch an update"),
-    "deep": (MLP([4, 8, 8, 8, 2]), {}, "takes 1 to 2 hidden layers, not 3"),
-    "no hidden layer": (MLP([4, 2]), {}, "takes 1 to 2 hidden layers, not 0"),
+    "deep": (MLP([4, 8, 8, 8, 8, 2]), {}, "takes 1 to 3 hidden layers, not 4"),
+    "no hidden layer": (MLP([4, 2]), {}, "takes 1 to 3 hidden layers, not 0"),
     "wide": (MLP([4, 65, 2]), {}, "65 inputs or units in a layer are more than the 64"),
     "outputs": (MLP([4, 8, 17]), {}, "17 outputs are more than the 16"),
     "activations": (MLP([4, 8, 8, 2], activation=["relu", "tanh"]), {}, "one activation for all hidden layers"),

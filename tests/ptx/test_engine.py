@@ -81,12 +81,20 @@ NARROW = {
     "entropy": (MLP([WIDTH, 24, 30, CLASSES], activation="tanh"), CrossEntropy(label_smoothing=0.1, ignore_index=1)),
     "relu": (MLP([WIDTH, 24, 30, CLASSES]), "cross_entropy"),
     "mse": (MLP([40, 24, CLASSES], activation="silu"), "mse"),
+    "three layers": (MLP([WIDTH, 24, 30, 17, CLASSES]), "mse"),
 }
 
 
 @pytest.mark.parametrize(
     ("target", "case"),
-    [("sm_80", "entropy"), ("sm_90", "entropy"), ("sm_80", "relu"), ("sm_90", "relu"), ("sm_90", "mse")],
+    [
+        ("sm_80", "entropy"),
+        ("sm_90", "entropy"),
+        ("sm_80", "relu"),
+        ("sm_90", "relu"),
+        ("sm_90", "mse"),
+        ("sm_90", "three layers"),
+    ],
 )
 def test_every_step_of_the_narrow_plan_is_the_oracles(target, case):
     """Batches of several tiles, the last of which is short, of rows that have weights, and of one row."""
@@ -95,7 +103,7 @@ def test_every_step_of_the_narrow_plan_is_the_oracles(target, case):
         variant = emulator.variant
         short = TwoBytes(variant.output_unit, TINY, rounds=variant.rounded)
         x = variant.rounded(rng.standard_normal((100, net.sizes[0])))
-        wanted = rng.integers(CLASSES, size=100) if case != "mse" else rng.standard_normal((100, CLASSES))
+        wanted = rng.integers(CLASSES, size=100) if loss != "mse" else rng.standard_normal((100, CLASSES))
         engine = Engine(net, loss, Adam(0.02), 100, 5, backend="triton", precision="bf16", plan="narrow")
         for rows, weight in ((100, None), (71, np.linspace(0.5, 1.5, 71)), (1, None)):
             step = Step(engine, short, variant.products)

@@ -95,7 +95,8 @@ class TritonBackend:
         if limits is not None:
             widths = tuple((name, each.columns) for name, each in configs.NARROW.get(arch.family, {}).items())
             rows, each = (limits.rows, 2) if tile is None else (tile.rows, tile.programs)
-            limits = dataclasses.replace(limits, widths=widths, rows=rows, programs=each * arch.processors)
+            most = configs.narrow_layers(arch)
+            limits = dataclasses.replace(limits, layers=most, widths=widths, rows=rows, programs=each * arch.processors)
         # the interpreter is slow on every plan, and most of its users want eager steps
         plans = ("chip", "card", "resident", "narrow", "eager") if self._device.interpreted else traits.plans
         kept = {"card": "card" in configs.TABLES[arch.family], "chip": arch.family in configs.CHIP}

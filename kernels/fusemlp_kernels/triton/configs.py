@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +238,17 @@ def resident_constants(tile: ResidentTile, product: str, entropy: bool) -> dict[
     }  # fmt: skip
 
 
-def narrow_tile(arch: Architecture, precision: str) -> Tile | None:
+def narrow_tile(arch: Architecture, precision: str, layers: int = 1) -> Tile | None:
     """Return the rows of the batch and the units of a hidden layer that a program of ``train_narrow`` and
-    ``predict_narrow`` takes at a time; None where it does not fit the registers."""
-    return NARROW.get(arch.family, {}).get(precision)
+    ``predict_narrow`` takes at a time, for a number of hidden layers; None where it does not fit the registers."""
+    tile = NARROW.get(arch.family, {}).get(precision)
+    return tile if tile is None or layers < 3 else replace(tile, rows=16)
+
+
+def narrow_layers(arch: Architecture) -> int:
+    """Return the most hidden layers of ``train_narrow``: the sums of the gradients of more do not fit the registers.
+    Those of three leave room for tiles of 16 rows, on Hopper cards alone."""
+    return 3 if arch.family in ("sm_90", "interpreter") else 2
 
 
 def narrow_constants(tile: Tile, sizes: Sequence[int]) -> dict[str, int]:
@@ -287,8 +294,6 @@ NARROW = {
     # no fp16, whose gradients carry the loss scale
     "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1, programs=2)),
 }
-# The most hidden layers: the sums of the gradients of more do not fit the registers.
-NARROW_LAYERS = 2
 # Of ``chip_kernel``, by family: the most rows of a batch and units of a layer, and the widths at the ends.
 CHIP = {
     family: ResidentTile(32, 32, 0, 2, 1, outputs=16, inputs=64, units=32, programs=4)

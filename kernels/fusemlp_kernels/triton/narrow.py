@@ -372,14 +372,15 @@ def predict_narrow_kernel(
 def _checked(device: TritonDevice, op: str, call: SimpleNamespace, others: Mapping[str, Tensor]) -> configs.Tile:
     """Return the tile of an op. Raise an error for layers, or for arrays beside x and theirs, that the kernel does not
     take."""
-    layers, tile = call.layers, configs.narrow_tile(device.arch, device.precision)
+    layers, most = call.layers, configs.narrow_layers(device.arch)
+    tile = configs.narrow_tile(device.arch, device.precision, len(layers) - 1)
     if tile is None:
         raise BackendUnavailableError(
             f"{op}: there is no kernel for {device.precision} on {device.arch.family}; run the calls one by one"
         )
-    if len({(layer.activation, layer.slope) for layer in layers[:-1]}) != 1 or len(layers) > configs.NARROW_LAYERS + 1:
+    if len({(layer.activation, layer.slope) for layer in layers[:-1]}) != 1 or len(layers) > most + 1:
         raise ArgumentError(
-            f"{op}: layers: expected 1 to {configs.NARROW_LAYERS} hidden layers of one activation, then an output; "
+            f"{op}: layers: expected 1 to {most} hidden layers of one activation, then an output; "
             f"got {', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
         )
     sizes = [layers[0].K, *(layer.N for layer in layers)]
