@@ -112,6 +112,19 @@ def test_it_trains_as_the_built_in_loss(name, training):
 
 
 @pytest.mark.parametrize("plan", ["resident", "eager"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_single_steps_in_fp32(name, plan):
+    function, y = BUILT_IN[name]
+    own, built_in = (engine_of(loss, SGD(1.0), precision="fp32", plan=plan) for loss in (function, name))
+    for start in range(0, ROWS - BATCH, BATCH // 4):
+        own.load_state_dict(built_in.state_dict())
+        for engine in (own, built_in):
+            engine.fit(X[start : start + BATCH], y[start : start + BATCH], epochs=1)
+        # gradients are sums over 32 rows of numbers below 1, through three layers
+        assert_alike(own, built_in, 3 * (2 * BATCH**0.5 + 4) * 2.0**-24)
+
+
+@pytest.mark.parametrize("plan", ["resident", "eager"])
 @pytest.mark.parametrize("attack", [fusemlp.FGSM(0.1), fusemlp.PGD(0.2, norm="2", steps=2)])
 def test_it_trains_against_attacks_as_the_built_in_loss(attack, plan):
     own, built_in = (engine_of(loss, net={"dropout": 0.1}, plan=plan) for loss in (cross_entropy, "cross_entropy"))

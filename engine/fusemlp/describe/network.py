@@ -207,11 +207,11 @@ def names_in_sequence(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
             names[name] = f"{2 * layer}{NORM}.{kind}"
         elif kind == "weight" and shape == (1,):
             names[name] = f"{2 * layer + 1}.weight"
-    strange = shapes.keys() - names.keys()
+    strange = [name for name in shapes if name not in names]
     if strange or not matrices:
         raise ArgumentError(
             "source: expected the parameters of an nn.Sequential of Linear layers, 0.weight, 0.bias, 2.weight, ..., "
-            f"got {', '.join(name for name in shapes if name in strange) or 'none'}; rename them, or leave them out"
+            f"got {', '.join(strange) or 'none'}; rename them, or leave them out"
         )
     return names
 

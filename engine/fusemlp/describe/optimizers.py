@@ -436,12 +436,9 @@ class Optimizer(Description, family="optimizer"):
 
     def options_for(self, name: str) -> tuple[bool, TensorRule]:
         """Return whether the parameter ``name`` is trained, and its own part of the rule."""
-        own, weight_decay = self.own_options(name), self.weight_decay
-        if own.weight_decay is not None:
-            weight_decay = own.weight_decay
-        elif not self.decay_biases and not _is_weight(name):
-            weight_decay = 0.0
-        return own.trainable, TensorRule(own.lr_factor, weight_decay)
+        own, decays = self.own_options(name), self.decay_biases or _is_weight(name)
+        weight_decay = self.weight_decay if decays else 0.0
+        return own.trainable, TensorRule(own.lr_factor, weight_decay if own.weight_decay is None else own.weight_decay)
 
     def check_network(self, net: MLP) -> None:
         """Refuse a pattern of ``per_parameter`` that no parameter of ``net`` has; raises ArgumentError."""

@@ -28,12 +28,8 @@ from fusemlp_kernels.ops import OPS
 
 def trained_by(optimizer: Optimizer, names: Mapping[str, str]) -> tuple[tuple[str, TensorRule], ...]:
     """Return the tensors that an optimizer trains, as ``Step.trained`` has them; ``names``: see ``short_names``."""
-    trained = []
-    for short, name in names.items():
-        trainable, changes = optimizer.options_for(name)
-        if trainable:
-            trained.append((short, changes))
-    return tuple(trained)
+    options = {short: optimizer.options_for(name) for short, name in names.items()}
+    return tuple((short, changes) for short, (trainable, changes) in options.items() if trainable)
 
 
 def lower(step: Step) -> Program:

@@ -86,14 +86,10 @@ def has_plan(traits: Traits, plan: str, net: MLP, precision: str) -> bool:
     if plan not in traits.plans:
         return False
     if plan == "narrow":
-        return _narrow_refusal(traits, net, precision) is None
+        return narrow_refusal(traits, net.sizes, net.activations[:-1], precision) is None
     # for batches as long as those of the other
     limits = traits.looped(plan) if plan in LOOPED else None
     return resident_refusal(limits, traits.name, net.widths, 1, precision, ()) is None
-
-
-def _narrow_refusal(traits: Traits, net: MLP, precision: str) -> str | None:
-    return narrow_refusal(traits, net.sizes, net.activations[:-1], precision)
 
 
 def choose_plan(
@@ -115,7 +111,7 @@ def choose_plan(
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
     if plan == "narrow" and plan in traits.plans:
-        reason = _narrow_refusal(traits, net, precision)
+        reason = narrow_refusal(traits, net.sizes, net.activations[:-1], precision)
         if reason is not None:
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN
