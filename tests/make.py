@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 from dataclasses import asdict, is_dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import typer
 
 import fusemlp
 from fusemlp import cli
@@ -24,6 +26,8 @@ from fusemlp_kernels.contract import ROW_COUNT
 Array = np.ndarray[Any, Any]
 # Options of a training that is only to end soon.
 QUICK = ("--epochs", "3", "--quiet")
+# One command line for all calls: its 300 options take longer to build than most calls take to be refused.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 def data(rows: int = 64, inputs: int = 5, outputs: int = 3, seed: int = 0, kind: str = "labels") -> tuple[Array, Array]:
