@@ -17,7 +17,20 @@ if not launch.is_interpreted():
 
 
 def final_loss(backend, folder, capsys):
-    arguments = ["train", "digits", "--hidden", "16", "--epochs", "1", "--out", str(folder), "--backend", backend]
+    arguments = [
+        "train",
+        "iris",
+        "--models",
+        "1",
+        "--hidden",
+        "16",
+        "--epochs",
+        "1",
+        "--out",
+        str(folder),
+        "--backend",
+        backend,
+    ]
     assert run(*arguments) == 0
     shown = capsys.readouterr()
     return json.loads((folder / "report.json").read_text())["test"]["loss"], shown.out + shown.err
