@@ -136,6 +136,7 @@ REFUSED = {
     "sweep iris --vary seed=0:2 --metric acc": "--metric: unknown name 'acc'; did you mean 'val_accuracy'?",
     "sweep iris --vary batch_size=8,500 --drop-last": "--drop-last: 108 rows do not fill one batch",
     "sweep iris --vary seed=0:2 --probe 3": "No such option",
+    "train digits --interval 0.9": "No such option: --interval; fusemlp predict has it",
     "sweep digits --adversarial 3": "No such option: --adversarial; fusemlp train has it",
     "train digits --adversarial pgd": "--attack-eps: say how far an input may move",
     "train digits --attack-eps 1": "--attack-eps: it is of an attack; give --adversarial too",

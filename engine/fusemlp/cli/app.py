@@ -122,7 +122,6 @@ def completion(options: CompletionOptions) -> None:
 # Options that take several numbers, joined by commas.
 LISTS = ("hidden", "dropout", "class_weight")
 # The options of train, and the error for one that another command does not know; typer names it in no public place.
-OF_TRAIN = {f"--{name_of(field)}" for field in fields(commands.TrainOptions) if field.metadata["names"] is not None}
 UsageError: Any = typer.BadParameter.__base__
 # Shows all options of a command that has many.
 HELP_ALL = "--help-all"
@@ -237,8 +236,8 @@ class Command(TyperCommand):
             return f": it is gone: {REMOVED[word]}"
         option = SYNONYMS.get(word, word)
         known = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
-        if option not in known and option in OF_TRAIN:
-            return f"; {PROGRAM} train has {'it' if option == unknown else option}"
+        if option not in known and option in OWNERS:
+            return f"; {PROGRAM} {OWNERS[option]} has {'it' if option == unknown else option}"
         near = difflib.get_close_matches(option, known, n=1)
         return f"; did you mean {near[0]}?" if near else ""
 
@@ -312,6 +311,13 @@ OPTIONS = {
     for field in itertools.chain(*map(fields, COMMANDS.values()))
     if field.metadata["names"] is not None and field.name != "data"
     for name in (field.name, name_of(field).replace("-", "_"))
+}
+# The command that has an option, the first of several.
+OWNERS = {
+    f"--{name_of(field)}": name.replace("_", "-")
+    for name, options in reversed(COMMANDS.items())
+    for field in fields(options)
+    if field.metadata["names"] is not None
 }
 PROGRAM = "fusemlp"
 # A shell sets it to ask for completions.
