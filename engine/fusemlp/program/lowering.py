@@ -28,8 +28,8 @@ from fusemlp_kernels.ops import OPS
 
 def trained_by(optimizer: Optimizer, names: Mapping[str, str]) -> tuple[tuple[str, TensorRule], ...]:
     """Return the tensors that an optimizer trains, as ``Step.trained`` has them; ``names``: see ``short_names``."""
-    options = {short: optimizer.options_for(name) for short, name in names.items()}
-    return tuple((short, changes) for short, (trainable, changes) in options.items() if trainable)
+    options = [(short, *optimizer.options_for(name)) for short, name in names.items()]
+    return tuple([(short, changes) for short, trainable, changes in options if trainable])
 
 
 def lower(step: Step) -> Program:
