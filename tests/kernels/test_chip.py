@@ -23,6 +23,8 @@ FITTING = [
     and "prelu" not in activations
     and len(shape.get("sizes", (5, 7, 3))) == 3
 ]
+# each of the biases alone
+FROZEN = [{"frozen": frozenset({name})} for name in ("b0", "b1")]
 WIDE = {"sizes": (33, 20, 10), "activations": ("gelu", "identity"), "batch": 18, "data": 40}
 
 
@@ -38,7 +40,10 @@ def test_the_cases_have_every_optimizer_that_needs_no_norm():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("number", "changes"), [*((number, {}) for number in FITTING), (1, WIDE), (9, WIDE)])
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [*((number, {}) for number in FITTING), (1, WIDE), (9, WIDE), *((1, names) for names in FROZEN)],
+)
 def test_steps_of_each_model_are_the_oracles(variant, number, changes):
     """The second batch is short; the next is that of another epoch."""
     shape, model = chip(number, **changes)

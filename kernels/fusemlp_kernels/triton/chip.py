@@ -91,7 +91,8 @@ def update_tensor(
     """Update one of ``tensors_of``, at most BLOCK elements, unless frozen."""
     start, length, task = tensor
     near = tl.arange(0, BLOCK)
-    at, mask, numbers = start + near, near < tl.where(task >= 0, length, 0), tensors + task * TENSOR_FIELDS
+    at, mask = start + near, near < tl.where(task >= 0, length, 0)
+    numbers = tensors + tl.maximum(task, 0) * TENSOR_FIELDS
     g = tl.load(grads + at, mask=mask, other=0.0)
     # no average
     stored_update(
@@ -119,8 +120,12 @@ def update_all(
     w2, b2 = tensors_of(layers + LAYER_COLUMNS)
     update_tensor(w0, weights, params, grads, first, second, hyper, rule, tensors, shadowed, WIDTH * FIRST, RULE)
     update_tensor(w2, weights, params, grads, first, second, hyper, rule, tensors, shadowed, WIDTH * OUTPUTS, RULE)
-    update_tensor(b0, weights, params, grads, first, second, hyper, rule, tensors, 0, VECTOR, RULE)
-    update_tensor(b2, weights, params, grads, first, second, hyper, rule, tensors, 0, VECTOR, RULE)
+    # the biases, half of the elements each
+    lower = tl.arange(0, VECTOR) < VECTOR // 2
+    start = tl.where(lower, b0[0], b2[0] - VECTOR // 2)
+    length, task = tl.where(lower, b0[1], b2[1] + VECTOR // 2), tl.where(lower, b0[2], b2[2])
+    biases = start, length, task
+    update_tensor(biases, weights, params, grads, first, second, hyper, rule, tensors, 0, VECTOR, RULE)
 
 
 @triton.jit
