@@ -2,11 +2,13 @@
 
 It looks through all members of ``triton.language`` for those that it replaces, in every call of a device function; once
 a launch is enough. It computes whether integers overflow, for an assertion that only its debug mode makes. It makes a
-table of NumPy's types each time that it looks a type up.
+table of NumPy's types each time that it looks a type up. It checks and describes a type of blocks, and the shape of a
+tensor, anew for each operation.
 """
 
 import dataclasses
 import inspect
+import math
 
 NAMES = ("_LangPatchScope", "_patch_attr", "_patch_builtin", "_patch_lang", "_get_np_dtype", "GridExecutor")
 
@@ -50,4 +52,32 @@ def quicken():
     interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_once
     interpreter._get_np_dtype = kept_dtype
     interpreter.GridExecutor.__call__ = launched
+    _keep_block_types(interpreter.tl.core)
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _keep_block_types(core):
+    """Make the type of blocks of numbers of a shape once, and the parts of a tensor that follow from its type."""
+    make_type, types, parts = core.block_type.__init__, {}, {}
+
+    def kept_type(cls, element_ty=None, shape=()):
+        if cls is not core.block_type or type(element_ty) is not core.dtype:
+            return object.__new__(cls)
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            types[key] = kind = object.__new__(cls)
+            make_type(kind, element_ty, shape)
+        return types[key]
+
+    def make_once(self, element_ty, shape):
+        if "numel" not in vars(self):
+            make_type(self, element_ty, shape)
+
+    def make_tensor(self, handle, type):
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in parts:
+            parts[sizes] = core.constexpr(math.prod(sizes)), core.tuple([core.constexpr(size) for size in sizes])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = parts[sizes]
+
+    core.block_type.__new__, core.block_type.__init__, core.tensor.__init__ = kept_type, make_once, make_tensor
