@@ -17,21 +17,8 @@ if not launch.is_interpreted():
 
 
 def final_loss(backend, folder, capsys):
-    arguments = [
-        "train",
-        "iris",
-        "--models",
-        "1",
-        "--hidden",
-        "16",
-        "--epochs",
-        "1",
-        "--out",
-        str(folder),
-        "--backend",
-        backend,
-    ]
-    assert run(*arguments) == 0
+    network = ("--models", "1", "--hidden", "16")
+    assert run("train", "iris", *network, "--epochs", "1", "--out", folder, "--backend", backend) == 0
     shown = capsys.readouterr()
     return json.loads((folder / "report.json").read_text())["test"]["loss"], shown.out + shown.err
 
