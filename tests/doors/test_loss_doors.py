@@ -15,6 +15,7 @@ from fusemlp import MLP, MSE, Adam, Engine, Fleet, GaussianNLL, Quantiles
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from make import assert_same_state
+from own_losses import cross_entropy, logistic, mse
 
 RANDOM = np.random.default_rng(0)
 # three batches of 32 rows and a short one an epoch
@@ -22,12 +23,6 @@ ROWS, INPUTS, OUTPUTS = 100, 6, 3
 X = RANDOM.normal(size=(ROWS, INPUTS))
 VALUES = X[:, :OUTPUTS] + 0.1 * RANDOM.normal(size=(ROWS, OUTPUTS))
 NUMPY = {"backend": "numpy", "precision": "fp64"}
-
-
-def mse(outputs, targets, weights=None):
-    errors = outputs - targets
-    shares = np.full(len(errors), 1 / len(errors)) if weights is None else weights / weights.sum()
-    return float((errors**2).mean(axis=1) @ shares), 2 * errors / errors.shape[1] * shares[:, None]
 
 
 FLEETS = {
@@ -69,22 +64,6 @@ def test_workers_take_functions_that_pickle():
 def half_squares(outputs, targets, weights=None):
     value, gradient = mse(outputs, targets, weights)
     return value * outputs.shape[1] / 2, gradient * outputs.shape[1] / 2
-
-
-def cross_entropy(outputs, targets, weights=None):
-    p = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    rows = np.arange(len(p))
-    losses = -np.log(p[rows, targets])
-    p[rows, targets] -= 1
-    shares = np.full(len(p), 1 / len(p)) if weights is None else weights / weights.sum()
-    return float(losses @ shares), p * shares[:, None]
-
-
-def logistic(outputs, targets, weights=None):
-    losses, gradient = np.logaddexp(0, outputs) - targets * outputs, 1 / (1 + np.exp(-outputs)) - targets
-    shares = np.full(len(losses), 1 / len(losses)) if weights is None else weights / weights.sum()
-    return float(losses.sum(axis=1) @ shares), gradient * shares[:, None]
 
 
 WEIGHTS = RANDOM.uniform(0.5, 2.0, ROWS)
