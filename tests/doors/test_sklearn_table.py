@@ -199,6 +199,10 @@ def test_words_that_stand_for_missing_cells(tmp_path):
     assert run("train", tmp_path / "a.csv", "--target", "y", *given, *QUICK, "--out", tmp_path / "run") == 0
     opened = TableClassifier.from_run(tmp_path / "run")
     np.testing.assert_array_equal(opened.predict_proba(marked), opened.predict_proba(X))
+    further = TableClassifier(transfer_from=tmp_path / "run", epochs=2)
+    later, bare = (clone(further).fit(table, Y) for table in (marked, X))
+    np.testing.assert_array_equal(later.predict_proba(marked), bare.predict_proba(X))
+    assert opened.missing == later.preprocessor_.missing_words == ("unknown", "-999")
 
 
 def test_a_group_is_no_input():

@@ -1,5 +1,6 @@
 """``fusemlp train --from RUN``: a run that starts from another one."""
 
+import json
 import shutil
 
 import numpy as np
@@ -198,6 +199,36 @@ def test_weights_are_those_of_the_run_unless_given(tmp_path, capsys):
         assert read(out / "config.json")["options"]["weight"] == weight
         warning = f"no column 'w' to weigh rows by, as {tmp_path / 'a'} did: they weigh alike"
         assert (warning in capsys.readouterr().err) == (weight is None)
+
+
+@pytest.mark.parametrize("release", ["0.2.0", "today"])
+def test_missing_cells_are_those_of_the_run_too(release, tmp_path):
+    """A table of numbers without names, in which -999 and unknown stand for missing cells, as in one where they are."""
+    random = np.random.default_rng(0)
+    frame = pandas.DataFrame(random.uniform(1, 9, (80, 3)).round(2)).assign(target=range(80))
+    frame.iloc[::7, 0] = np.nan
+    frame.iloc[3::7, 1] = np.nan
+    frame.to_csv(tmp_path / "empty.csv", index=False, header=False)
+    frame.astype(object).fillna({0: -999, 1: "unknown"}).to_csv(
+        tmp_path / "words.csv", index=False, header=False, sep=":"
+    )
+    target = ("--target", "column_4", *QUICK)
+    words = ("--missing", "unknown", "--missing", "-999", "--no-header", "--sep", ":")
+    assert run("train", tmp_path / "words.csv", *target, *words, "--out", tmp_path / "words") == 0
+    assert run("train", tmp_path / "empty.csv", *target, "--no-header", "--out", tmp_path / "empty") == 0
+    if release == "0.2.0":
+        config = read(tmp_path / "words/config.json")
+        del config["preprocessor"]["missing_words"]
+        (tmp_path / "words/config.json").write_text(json.dumps(config))
+    for name in ("words", "empty"):
+        data, out = tmp_path / f"{name}.csv", tmp_path / f"{name}2"
+        assert run("train", data, "--from", tmp_path / name, "--epochs", "3", "--quiet", "--out", out) == 0
+        assert run("predict", out, "--data", data, "--out", tmp_path / f"{name}_predicted.csv") == 0
+        assert run("evaluate", out) == 0
+    assert_same(arrays_of(tmp_path / "words2"), arrays_of(tmp_path / "empty2"))
+    predicted = (pandas.read_csv(tmp_path / f"{name}_predicted.csv")["prediction"] for name in ("words", "empty"))
+    np.testing.assert_array_equal(*predicted)
+    assert read(tmp_path / "words2/config.json")["preprocessor"]["missing_words"] == ["unknown", "-999"]
 
 
 def test_the_loss_of_the_same_target_is_taken_over(small, tmp_path):

@@ -22,7 +22,7 @@ from pyarrow import feather, parquet
 from fusemlp.cli.options import TextOptions
 from fusemlp.datasets import rows as rows_module
 from fusemlp.datasets import textfiles
-from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
+from fusemlp.datasets.load import ColumnChoices, Dataset, form_like, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import check_memory
 from fusemlp.datasets.tables import as_frame, read_table
@@ -415,10 +415,20 @@ def test_words_for_missing_cells_are_numbers_in_any_form_and_of_any_column(tmp_p
         read_table(path, kinds={"a": "number", "b": "number"})
 
 
-def test_words_for_missing_cells_add_to_those_of_the_run():
-    options = TextOptions(missing=["n.v."])
-    assert options.form({"missing": ["-999"], "sep": ";"}) == Form(sep=";", missing=["-999", "n.v."])
-    assert TextOptions().form({"missing": ["-999"]}).missing == ["-999"] and TextOptions().form().missing is None
+def test_new_tables_are_read_as_the_earlier_one_was():
+    options = TextOptions(missing=["n.v."], sep="|").like({"missing": ["-999"], "sep": ";", "encoding": "cp1252"})
+    assert options.form() == Form(sep="|", encoding="cp1252", missing=["n.v."])
+    earlier = load_data(
+        pandas.DataFrame({"column_1": [1, 2, -999], "y": [1, 2, 3]}), target="y", form=Form(missing=["-999"])
+    )
+    assert form_like(options.form(), earlier).missing == ("-999", "n.v.")
+    assert form_like(Form(), earlier).header is False and form_like(Form(header=True), earlier).header
+    assert form_like(options.form(), None) == options.form()
+
+
+def test_names_of_columns_without_a_name_are_a_header(tmp_path):
+    path = write(tmp_path / "a.csv", b"column_1,column_2\n1,2\n3,4\n")
+    assert plain(read_table(path, form=Form(header=False))["column_1"]) == [1, 3]
 
 
 def test_excel(tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ Those of a training are the fields of ``fusemlp.tables.recipe``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fusemlp.callbacks.loggers import TRACKERS
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
@@ -60,15 +60,15 @@ class TextOptions:
     sheet: str | None = _text(None, "The sheet of an .xlsx file; the one that Excel shows first unless given.", "NAME")
     header: bool = _text(True, "Names of columns in the first line, unless it holds numbers; else column_1, column_2.")
 
-    def form(self, run: Mapping[str, Any] | None = None) -> Form:
-        """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
-        names = "sep", "decimal", "encoding"
-        before = run or {}
-        marks: dict[str, Any] = {name: getattr(self, name) or before.get(name) for name in names}
-        # words of new rows stand beside those that the training left out
-        marks["missing"] = [*(before.get("missing") or ()), *(self.missing or ())] or None
+    def like(self, run: Mapping[str, Any]) -> Self:
+        """Return the options with the marks of a training, whose options are ``run``, where none are given."""
+        marks: dict[str, Any] = {name: getattr(self, name) or run.get(name) for name in ("sep", "decimal", "encoding")}
+        return replace(self, **marks)
+
+    def form(self) -> Form:
         # None: recognised
-        return Form(**marks, sheet=self.sheet, header=None if self.header and before.get("header", True) else False)
+        header = None if self.header else False
+        return Form(self.sep, self.decimal, self.encoding, header, self.missing or (), self.sheet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ class ApplyOptions(UseOptions, TextOptions):
 
     def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""
-        return {"form": self.form(config["options"]), "notes": notes, "ignore_unused": self.ignore_unused}
+        return {"form": self.like(config["options"]).form(), "notes": notes, "ignore_unused": self.ignore_unused}
 
 
 @dataclass(frozen=True, kw_only=True)

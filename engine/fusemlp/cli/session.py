@@ -19,7 +19,7 @@ from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line
 from fusemlp.datasets.dataset import targets_in
-from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
+from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, form_like, load_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table, read_names
@@ -220,7 +220,7 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
     if table and options.target in (None, preprocessor.target_name):
         options = replace(options, target=preprocessor.target_name, task=options.task or preprocessor.task)
         same_target = options.task == preprocessor.task
-    options = _with_columns(options, source) if table else options
+    options = _with_columns(options.like(source.config["options"]), source) if table else options
     options = source.filled(options, same_target=same_target)
     for option in ("target", "group", "id", "weight"):
         names = getattr(options, option) or ()
@@ -235,7 +235,8 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
 
 def _with_columns(options: TrainOptions, source: transfer.Source) -> TrainOptions:
     """Return the options with the run's columns of ids, weights, groups and times that the table has, unless given."""
-    names, before = {*read_names(Path(str(options.data)), options.form())}, source.config["options"]
+    form, before = form_like(options.form(), source.preprocessor), source.config["options"]
+    names = {*read_names(Path(str(options.data)), form)}
     names -= {*targets_in(options.target or "", names)}
     if options.id is None:
         options = replace(options, id=[name for name in source.preprocessor.ids if name in names] or None)

@@ -51,7 +51,8 @@ class Dataset:
     reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
     ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
     are held out. ``guess`` says that whole numbers were taken as classes. ``joins_spellings``: see ``Preprocessor``.
-    ``weight`` (n,) are the weights of the rows. ``decimals`` has the decimal marks of a table of text with commas.
+    ``weight`` (n,) are the weights of the rows. ``decimals`` has the decimal marks of a table of text with commas, and
+    ``missing_words`` the words that the caller has stand for missing cells.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Dataset:
     joins_spellings: bool = True
     weight: Array | None = None
     decimals: tuple[tuple[str, str], ...] = ()
+    missing_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.categories:

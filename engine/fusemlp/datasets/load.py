@@ -149,10 +149,8 @@ def _read_like(
     carried: Sequence[str] | None = (),
     typed: bool = False,
 ) -> tuple[Features, dict[str, Array]]:
-    """Return the features of a table by the training's columns, and its columns; no names mean no header."""
-    names, form = like.feature_names, replace(form, earlier=dict(like.decimals))
-    if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
-        form = replace(form, header=False)
+    """Return the features of a table by the training's columns, and its columns."""
+    names, form = like.feature_names, form_like(form, like)
     present, kinds = tables.read_names(path, form), _kinds(like)
     if isinstance(like, Dataset):
         columns = {role.name for role in like.roles}
@@ -189,6 +187,19 @@ def _read_like(
         if absent:
             notes.append(f"no columns {listed(absent)}, which named the rows in training")
     return coded(table, names, like, notes)[0], table
+
+
+def form_like(form: Form, like: Preprocessor | Dataset | None) -> Form:
+    """Return the form of a table that is read as an earlier one was: its missing words beside those of the form.
+
+    Columns that had no names there mean no header here.
+    """
+    if like is None:
+        return form
+    unnamed = like.feature_names and all(re.match(r"column_\d+\b", name) for name in like.feature_names)
+    header = False if form.header is None and unnamed else form.header
+    missing = (*dict.fromkeys([*like.missing_words, *form.missing]),)
+    return replace(form, earlier=dict(like.decimals), header=header, missing=missing)
 
 
 def infer_task(y: Array) -> str:
@@ -262,7 +273,7 @@ def existing(source: Any, argument: str = "data") -> Place:
 
 
 def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices, task: str | None) -> Dataset:
-    form = form if columns.like is None else replace(form, earlier=dict(columns.like.decimals))
+    form = form_like(form, columns.like)
     names = tables.read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target (--target COLUMN); the columns are {listed(names)}")
@@ -333,6 +344,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         joins_spellings=like is None or like.joins_spellings,
         weight=None if weight is None else table[weight],
         decimals=tuple(decimals.items()) if "," in decimals.values() else (),
+        missing_words=(*form.missing,),
     )
 
 

@@ -79,7 +79,7 @@ class Preprocessor:
     are the columns that name the rows of a table, ``unused`` its other columns that are no inputs. With
     ``joins_spellings`` a new word or label that reads as the same number as a single one of the training data, "10" as
     "10.0", is that one; earlier releases, whose preprocessors lack the entry, took it for an unseen one. ``decimals``
-    are the dataset's.
+    and ``missing_words`` are the dataset's.
     """
 
     task: str
@@ -106,6 +106,7 @@ class Preprocessor:
     target_low: float = 0.0
     joins_spellings: bool = False
     decimals: tuple[tuple[str, str], ...] = ()
+    missing_words: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -189,6 +190,7 @@ class Preprocessor:
             target_low=low,
             joins_spellings=dataset.joins_spellings,
             decimals=dataset.decimals,
+            missing_words=dataset.missing_words,
         )
 
     @property

@@ -332,8 +332,7 @@ def _without(column: Any, words: Sequence[str], decimal: str) -> Any:
 
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    numbers = [value for value in map(number, words) if value is not None]
-    words = [*words, *map(str, numbers), *(f"{value:.17g}" for value in numbers)]
+    words, _ = textfiles.stand_ins(words)
     try:
         texts = column.cast("string")
     except (arrow().ArrowInvalid, arrow().ArrowNotImplementedError):

@@ -100,7 +100,7 @@ class Form:
     decimal: str | None = None
     encoding: str | None = None
     header: bool | None = None
-    missing: Sequence[str] | None = None
+    missing: Sequence[str] = ()
     sheet: str | None = None
     earlier: Mapping[str, str] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class Form:
         if self.decimal is not None and self.decimal == self.sep == ".":
             raise ArgumentError("decimal: separator and decimal mark are both '.'; give another --sep")
         words = self.missing
-        if words is not None and (isinstance(words, str) or not all(isinstance(word, str) for word in words)):
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
             raise ArgumentTypeError(f"missing: expected a list of words such as ['unknown', '-999'], got {words!r}")
         if self.encoding is not None:
             try:
@@ -183,7 +183,8 @@ def headed(
         what = "rows of a table" if form.header is False else "a header line with the column names"
         raise DataError(f"{path}: expected {what}, found an empty file")
     marks = [form.decimal or mark or usual for mark in shown]
-    header = form.header is not False and (form.header or not _is_data(first, marks))
+    # our names are a header even of a table that is read as one without
+    header = first[0] == "column_1" or (form.header is not False and (form.header or not _is_data(first, marks)))
     names = [(header and name.strip()) or f"column_{index}" for index, name in enumerate(first, 1)]
     # a file that shows its mark, or has commas between fields, stands above an earlier one, unless that had both
     known = {} if (sure or sep == ",") and len({*form.earlier.values()}) < 2 else form.earlier
@@ -243,6 +244,12 @@ def number(text: str, decimal: str = ".") -> float | None:
     value = float(f"{digits}.{match['part'] or '0'}{match['power'] or ''}")
     value = value / 100 if match["percent"] else value
     return -value if {match["sign"], match["minus"]} & {"-", "\u2212"} else value
+
+
+def stand_ins(words: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Return words that stand for missing cells with other spellings of those that are numbers, and these numbers."""
+    numbers = [value for value in map(number, words) if value is not None]
+    return [*words, *map(str, numbers), *(f"{value:.17g}" for value in numbers)], numbers
 
 
 def truth_values(place: str, words: Array) -> Array:

@@ -176,6 +176,8 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
         network.MLP.from_config(config["network"])
         losses.Loss.from_config(config["loss"])
         optimizers.Optimizer.from_config(config["optimizer"])
+    # in release 0.2.0 the options alone had them
+    config["preprocessor"].setdefault("missing_words", config["options"].get("missing") or [])
     return run, config
 
 

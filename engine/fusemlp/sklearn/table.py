@@ -222,7 +222,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
                 engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
         # that of one model, where several were merged
         net, options = network.MLP.from_config(config["network"]), config["options"]
-        of_rows = ("drop", "keep", "categorical", "missing", "group", "time", "weight", "validation_fraction")
+        of_rows = ("drop", "keep", "categorical", "group", "time", "weight", "validation_fraction")
         chosen = {name: options[name] for name in (*of_rows, "metric", "time_limit") if name in options}
         estimator = cls(
             preset="tabm" if net.members > 1 else None,
@@ -236,6 +236,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             early_stopping=None if (patience := options.get("early_stopping")) == 0 else patience or AUTO,
             models=options.get("models") or 1,
             scale=preprocessor.scale,
+            missing=preprocessor.missing_words,
             log_target=preprocessor.target_log if task == "regression" else None,
             random_state=engine.seed,
             backend=backend,

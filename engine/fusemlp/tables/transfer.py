@@ -32,7 +32,7 @@ _DECIDED = (
 )
 _LOSS = ("loss", "label_smoothing", "delta", "quantile")
 # Fields of a preprocessor that the new data decide, the last of them unless the target means the same.
-_OF_DATA = ("task", "target_name", "classes", "class_names", "one_hot_targets", "ids", "unused")
+_OF_DATA = ("task", "target_name", "classes", "class_names", "one_hot_targets", "ids", "unused", "missing_words")
 _OF_TARGET = ("target_shift", "target_scale", "target_log", "target_low")
 
 
