@@ -3,16 +3,18 @@
 import numpy as np
 import onnx
 import onnxruntime
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusemlp
 from fusemlp import MLP, Engine
-from fusemlp.datasets.cells import SCALES
+from fusemlp.datasets.cells import SCALES, parts_of
 from fusemlp.datasets.load import Dataset, coded
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.onnx import onnx_bytes
+from fusemlp.sklearn import TableRegressor
 
 WORDS = st.sampled_from(["", "NA", "red", "blue", "Zürich", "a b", "?"])
 # Exact in float32, so that both sides scale the same number.
@@ -99,3 +101,30 @@ def test_the_types_of_the_inputs(precision):
     session = session_of(Engine(MLP([made.width, 3]), backend="numpy", precision=precision), made)
     real = {"fp32": "tensor(float)", "fp64": "tensor(double)"}[precision]
     assert [one.type for one in session.get_inputs()] == [real, "tensor(string)"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("words", [False, True])
+def test_the_graph_knows_the_words_that_stand_for_missing_cells(words, precision):
+    """A cell of -999 is missing, in numbers and in words; the day that lies 999 days before 1970 is not."""
+    random, day = np.random.default_rng(0), np.datetime64("1967-04-08")
+    table = pandas.DataFrame({"size": random.uniform(0, 9, 60).round(2), "count": random.integers(1, 9, 60)})
+    table["day"] = day + random.integers(0, 2, 60)
+    if words:
+        table["kind"] = random.choice(["flat", "house"], 60)
+    table.loc[::5, ["size", "count"]] = -999, 8888
+    table.loc[::7, "kind"] = "unknown" if words else None
+    options = {"missing": (-999, "unknown", 8888.0), "hidden": (8,), "epochs": 3, "models": 1, "backend": "numpy"}
+    columns = list(table.columns) if words else ["size", "count", "day"]
+    model = TableRegressor(precision=precision, **options).fit(table[columns], random.normal(size=60))
+    parts = [*model.preprocessor_.feature_names]
+    assert "day: elapsed days" in parts and model.preprocessor_.missing_inputs[:2] == (True, True)
+    new = pandas.DataFrame({"size": [-999.0, 2, np.nan, 1], "count": [3, 8888, 5, -999], "day": [day] * 4})
+    new["kind"] = ["unknown", "-999", "flat", ""]
+    fed = {**new, **parts_of("day", new["day"].to_numpy("datetime64[us]"))}
+    assert (fed["day: elapsed days"] == -999).all()
+    kinds = {name: object if name == "kind" else "f4" if precision == "fp32" else "f8" for name in parts}
+    feed = {name: np.array(fed[name], kinds[name]).reshape(-1, 1) for name in parts}
+    session = session_of(model.engine_, model.preprocessor_)
+    predicted = session.run(["prediction"], feed if words else {"x": np.hstack([*feed.values()])})[0]
+    np.testing.assert_allclose(predicted, model.predict(new[columns]), rtol=1e-4)

@@ -9,11 +9,12 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
 - ``std``: the standard deviations, shaped like ``prediction``; only for the loss gaussian
 
 The graph of an engine with ``normalise=True`` scales the inputs. With ``classes``, ``prediction`` holds these labels.
-With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
-and scales them itself, and ``prediction`` holds labels, or values in original units. If features are words, each
-feature has an input of its own (rows, 1) with its name, as converters of scikit-learn's pipelines have it: numbers in
-the graph's type, words as strings without spaces around them, "" for a missing one. An unseen word counts as it does in
-``predict``. A date has a number for each of its parts. Dropout is left out.
+With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number or one of
+``missing_words``, fills in and scales them itself, and ``prediction`` holds labels, or values in original units. If
+features are words, each feature has an input of its own (rows, 1) with its name, as converters of scikit-learn's
+pipelines have it: numbers in the graph's type, words as strings without spaces around them, "" or one of
+``missing_words`` for a missing one. An unseen word counts as it does in ``predict``. A date has a number for each of
+its parts. Dropout is left out.
 
 The graph uses operators of opset 18 (ONNX 1.13, onnxruntime 1.14), for words those of ai.onnx.ml 3, so older runtimes
 read it too. Its metadata entry ``fusemlp`` describes network and loss as JSON, the entry ``preprocessor`` the scaling

@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusemlp._version import __version__
 from fusemlp.datasets.cells import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.textfiles import MISSING
+from fusemlp.datasets.textfiles import MISSING, stand_ins
 from fusemlp.describe.network import Activation
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
@@ -217,7 +216,7 @@ def network_input(graph: Graph, preprocessor: Preprocessor) -> Tensor:
             features += marked
     for column, words in enumerate(categories):
         if words is not None and (width := preprocessor.widths[column]):
-            blocks.append(_one_hot(graph, cells[column], words, preprocessor.word_inputs(column), width))
+            blocks.append(_one_hot(graph, cells[column], preprocessor, column))
             features += [column] * width
     order = np.argsort(features, kind="stable").tolist()
     joined = graph.joined(blocks)
@@ -231,6 +230,11 @@ def _filled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[i
         # A preprocessor of an earlier release refuses missing cells; the graph answers NaN.
         return x, None
     missing = graph.add("IsNaN", x)
+    # the words are those of cells, not of parts of dates
+    cells = np.array(preprocessor.feature_names)[numbers] == np.array(preprocessor.sources)[numbers]
+    for value in stand_ins(preprocessor.missing_words)[1]:
+        if abs(value) <= np.finfo(graph.real).max:
+            missing = graph.add("Or", missing, graph.add("Equal", x, np.where(cells, value, np.nan)))
     return graph.add("Where", missing, np.array(fill, np.float64), x), missing
 
 
@@ -277,12 +281,14 @@ def _by_quantiles(graph: Graph, x: Tensor, knots: Sequence[Knots]) -> Tensor:
     return rise + np.array([scores[0] for _, scores in knots])
 
 
-def _one_hot(graph: Graph, x: Tensor, words: Sequence[str], inputs: npt.NDArray[np.int64], width: int) -> Tensor:
-    """Append the ``width`` inputs of a column of words; ``inputs`` are those of ``word_inputs``."""
+def _one_hot(graph: Graph, x: Tensor, preprocessor: Preprocessor, column: int) -> Tensor:
+    """Append the inputs of a column of words."""
+    inputs = preprocessor.word_inputs(column)
     unseen = int(inputs[-1])
-    known = dict(zip(words, inputs.tolist(), strict=False))
+    known = dict(zip(preprocessor.categories[column] or (), inputs.tolist(), strict=False))
     absent = known.get("", unseen)
-    known = {text: absent for text in sorted(MISSING)} | known
+    gone, _ = stand_ins(preprocessor.missing_words)
+    known = dict.fromkeys(sorted(MISSING), absent) | known | dict.fromkeys(gone, absent)
     code = graph.add(
         "LabelEncoder",
         x,
@@ -292,4 +298,4 @@ def _one_hot(graph: Graph, x: Tensor, words: Sequence[str], inputs: npt.NDArray[
         default_int64=unseen,
     )
     # The words without an input have the code -1, which is equal to no input.
-    return graph.cast(graph.add("Equal", code, np.arange(width)), graph.real)
+    return graph.cast(graph.add("Equal", code, np.arange(preprocessor.widths[column])), graph.real)
