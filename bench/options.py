@@ -25,6 +25,7 @@ COMMANDS = {
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
+    "ppo": "train PPO on CartPole beside stable-baselines3",
     "host": "measure the host's work for a GPU, without one",
     "tune": "measure the tiles of the Triton kernels on a card",
 }

@@ -15,7 +15,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.plans import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "overhead", "host", "tables", "trees")
+STUDIES = ("roofline", "kernels", "overhead", "host", "ppo", "tables", "trees")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -30,6 +30,12 @@ def test_a_study_explains_itself(name, capsys):
         import_module(f"bench.{name}").main(["--help"])
     shown = capsys.readouterr().out
     assert all(words in shown for words in (f"python -m bench {name}", "--out", "--json", "--help"))
+
+
+def test_ppo_names_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("bench.ppo.importlib.util.find_spec", lambda module: None if "base" in module else module)
+    assert import_module("bench.ppo").main(["--seeds", "1"]) == 1
+    assert "not installed: pip install stable-baselines3" in capsys.readouterr().err
 
 
 def test_a_study_runs_as_a_module():
