@@ -79,6 +79,27 @@ def test_a_run_takes_over_preparation_layers_and_head(big, small, tmp_path, caps
     assert not np.array_equal(found["2.weight"][:, :32] * 5, kept["2.weight"])
 
 
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_model_of_the_run_is_judged_on_the_same_rows(classes, tmp_path, capsys):
+    target = "level" if classes else "price"
+    for name, rows, seed in (("old", 300, 0), ("new", FEW, 1), ("test", 200, 2)):
+        table(tmp_path / f"{name}.csv", rows, seed, target=target, **({"b": 0.0} if name == "new" else {}))
+    words = ("--quiet", "--test", tmp_path / "test.csv")
+    assert (
+        run("train", tmp_path / "old.csv", "--target", target, "--epochs", "20", *words, "--out", tmp_path / "a") == 0
+    )
+    # a rate that spoils it
+    again = ("--from", tmp_path / "a", "--lr", "0.3", "--epochs", "2", "--out", tmp_path / "b")
+    assert run("train", tmp_path / "new.csv", *again, *words) == 0
+    said, report = capsys.readouterr().out, read(tmp_path / "b/report.json")
+    before, earlier = read(tmp_path / "a/report.json")["test"], report["baselines"]["earlier"]
+    assert earlier == pytest.approx({name: before[name] for name in earlier}, rel=1e-5)
+    figure = "accuracy" if classes else "rmse"
+    line = "he model it started from, on these rows: loss "
+    assert line in said and f"warning: the model is worse than the earlier one: test {figure}" in said
+    assert line in (tmp_path / "b/report.html").read_text()
+
+
 @pytest.mark.parametrize("models", ["1", "2"])
 def test_all_commands_take_such_a_run_without_its_source(big, small, tmp_path, models):
     source = tmp_path / "source"
@@ -118,6 +139,7 @@ def test_another_target_gets_a_new_output_layer(big, tmp_path, target, options, 
     assert (config["from"]["new_output_layer"], config["from"]["layers"]) == (reason, 1)
     assert config["network"]["sizes"] == [8, 32, outputs]
     assert config["preprocessor"]["target_shift"] != read(big / "config.json")["preprocessor"]["target_shift"]
+    assert "earlier" not in read(tmp_path / "run/report.json")["baselines"]
     assert run("evaluate", tmp_path / "run") == 0
 
 

@@ -313,7 +313,7 @@ def _standing(report: Mapping[str, Any]) -> tuple[str, list[float], float] | Non
 
 
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each baseline that is better on the test rows, the linear one by more than chance.
+    """Yield a sentence for each baseline that is better on the test rows, but for the constant by more than chance.
 
     The figure of ``_standing`` decides, of numbers the rmse; of several targets, whose units may differ, the mean R2.
     """
@@ -322,7 +322,7 @@ def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
     (figure, (mine, *others), chance), test = standing, report["test"]
     figure = "rmse" if figure == "r2" and "targets" not in test else figure
     for (name, scores), theirs in zip(report["baselines"].items(), others, strict=True):
-        if theirs - mine > (chance if name == "linear" else 0.0):
+        if theirs - mine > (0.0 if name == "constant" else chance):
             against = f"{test[figure]:.4g} against {scores[figure]:.4g}"
             yield f"the model is worse than the {name} one: test {figure} {against}"
 
@@ -334,13 +334,16 @@ def verdict(report: Mapping[str, Any]) -> Iterator[str]:
     """
     if (standing := _standing(report)) is not None:
         yield from _judgement(report, *standing)
+    if earlier := report.get("baselines", {}).get("earlier"):
+        scores = ", ".join(f"{name} {scored(name, value)}" for name, value in earlier.items())
+        yield f"the model it started from, on these rows: {scores}"
     if left_out := report.get("left_out"):
         reasons = some([f"{name!r} ({reason})" for name, reason in left_out.items()], MOST_NAMED)
         yield f"it leaves out {reasons}; --keep COLUMN takes one in"
 
 
 def _judgement(report: Mapping[str, Any], figure: str, shares: Sequence[float], chance: float) -> Iterator[str]:
-    (mine, least, linear), test = (max(0.0, share) for share in shares), report["test"]
+    (mine, least, linear, *_), test = (max(0.0, share) for share in shares), report["test"]
     rows = counted(test["rows"], "test row")
     if figure != "r2":
         of = rows if figure == "accuracy" else f"the rows of a class on average, {rows} in all"

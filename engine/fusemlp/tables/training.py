@@ -18,7 +18,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member, merged, merged_members, scores_of
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import guarantees
-from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than
+from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, scalars, score, worse_than
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, Temperature, judged, scale_logits, summary
 from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.preparation import Prepared, decisions, prepare
@@ -391,6 +391,9 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
             constant = np.quantile(np.asarray(seen[1], np.float64), engine.loss.q)
             scores = quantile_figures(engine.loss, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))
             report["baselines"]["constant"]["quantiles"] = scores
+        if (start := prepared.start) is not None and not start.about["new_output_layer"]:
+            earlier, _ = score(start.engine, preprocessor, test.X, test.labels, test.weight)
+            report["baselines"]["earlier"] = scalars(earlier)
         report["worse_than"] = list(worse_than(report))
     if trained.temperature is not None:
         report["temperature"] = trained.temperature.value
