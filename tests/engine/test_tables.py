@@ -167,6 +167,9 @@ MIXED = [*DAYS[:9], *(f"Jan {day}" for day in range(10, 16))]
 AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 14 more in column 'a'"
 
 
+CASES = "a;b\n" + "Flat;1\nflat;2\nhouse;3\nß;4\nSS;5\n" * 9
+
+
 @pytest.mark.parametrize(
     ("content", "note", "options"),
     [
@@ -182,6 +185,11 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
         ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3': .*--missing 'x'", {}),
         ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3'", {"targets": ["a"]}),
         (cells("N12"), "holds words, such as 'N12', and numbers, such as '101'", {}),
+        (CASES, "column 'a' holds words that differ in case alone: 'Flat' and 'flat', 'ß' and 'SS'; write", {}),
+        (CASES, "column 'a' holds words that differ in case alone: ", {"targets": ["a"]}),
+        (CASES, "", {"kinds": {"a": "word"}}),
+        (CASES, "", {"targets": ["a"], "words": True}),
+        ("a;b\n" + "True;1\ntrue;2\nfalse;3\n" * 9, "", {}),
         (cells("x"), "holds words, such as 'x', and .*", {"targets": ["a"], "task": "classification"}),
         (
             "a;b\n" + "".join(f"{day};1\n" for day in MIXED),

@@ -12,7 +12,7 @@ from pyarrow import compute as pc
 
 from fusemlp.datasets.cells import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.textfiles import MISSING, number, text_array, truth_values
-from fusemlp.describe.checks import Problems
+from fusemlp.describe.checks import Problems, some
 from fusemlp.inputs.arrays import Array
 
 # A column of this share of numbers, by cells or by different values, holds numbers, and its other cells are mistakes;
@@ -147,6 +147,16 @@ def stand_in(name: str, values: Array) -> list[str]:
             text = f"column {name!r} holds {value:g} in {rows} rows, apart from its other numbers ({low:g} to {high:g})"
             return [f"{text}; if it stands for missing cells: --missing {value:g}"]
     return []
+
+
+def twins(name: str, words: Sequence[str]) -> list[str]:
+    """Return a note on words that differ in case alone, of a column with few different ones; none without any."""
+    forms: dict[str, list[str]] = {}
+    for word in words if len(words) <= _TELLING else ():
+        forms.setdefault(word.casefold(), []).append(word)
+    pairs = [" and ".join(map(repr, same)) for same in forms.values() if len(same) > 1]
+    text = f"column {name!r} holds words that differ in case alone: {some(pairs, 3)}"
+    return [f"{text}; write them alike if they mean the same"] if pairs else []
 
 
 class Column:
@@ -325,6 +335,8 @@ class Column:
                 word = next(value for value in values if value not in numbers)
                 cell = next(value for value in values if value in numbers)
                 notes.append(_both(self.name, word, cell))
+        if self.kind == "word" and not self.fixed:
+            notes += twins(self.name, [*self.codes])
         return np.asarray(texts[whole])
 
 
@@ -375,6 +387,7 @@ class Target:
             if numbers is not None:
                 return numbers
         different_labels, codes = different(present)
+        notes += [] if words else twins(self.name, different_labels)
         return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
 
     def with_gaps(self, present: Array) -> Array:
