@@ -168,6 +168,7 @@ AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 
 
 
 CASES = "a;b\n" + "Flat;1\nflat;2\nhouse;3\nß;4\nSS;5\n" * 9
+COMMA = {"form": Form(missing=["x,5"]), "kinds": {"a": "word"}}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,9 @@ CASES = "a;b\n" + "Flat;1\nflat;2\nhouse;3\nß;4\nSS;5\n" * 9
         (CASES, "", {"kinds": {"a": "word"}}),
         (CASES, "", {"targets": ["a"], "words": True}),
         ("a;b\n" + "True;1\ntrue;2\nfalse;3\n" * 9, "", {}),
+        (cells("x,5"), "", {"form": Form(missing=["x,5"])}),
+        (cells("x", "5"), "^no cell is 'x,5'; give one word an option: --missing x --missing 5$", COMMA),
+        (cells("z"), "", COMMA),
         (cells("x"), "holds words, such as 'x', and .*", {"targets": ["a"], "task": "classification"}),
         (
             "a;b\n" + "".join(f"{day};1\n" for day in MIXED),
@@ -244,6 +248,11 @@ def test_a_sum_below_the_rows_and_a_target_without_variation_are_said(tmp_path):
         ("a;b\n" + "1.75;2,25\n" * 9, "'1.75' is not a number with the decimal mark ','", {"form": Form(decimal=",")}),
         ("y;b\n" + "unknown;1\n3;2\n" * 20, "'unknown' is not a number", {"targets": ["y"], "task": "regression"}),
         (cells("1.5", "x"), "line 6, column 'a': 'x' is not a number", {"targets": ["a"]}),
+        (
+            cells("unknown", -999),
+            "\n  no cell is 'unknown,-999'; give one word an option: --missing unknown --missing -999$",
+            {"form": Form(missing=["unknown,-999"])},
+        ),
         (
             "y;b\n" + "632.96;1\n" * 9,
             "mark ','; correct .*give --decimal . if all columns are written so, else write this one with ',',",

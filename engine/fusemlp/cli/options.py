@@ -55,7 +55,7 @@ class TextOptions:
     decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
     encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
     missing: list[str] | None = _text(
-        None, "A word or number that stands for a missing cell, beside the usual such as NA and ?; -999 is one.", "WORD"
+        None, "A word or number, one an option, that stands for a missing cell, beside NA, ? and the like.", "WORD"
     )
     sheet: str | None = _text(None, "The sheet of an .xlsx file; the one that Excel shows first unless given.", "NAME")
     header: bool = _text(True, "Names of columns in the first line, unless it holds numbers; else column_1, column_2.")

@@ -280,8 +280,8 @@ def read_table(
     notes = [] if notes is None else notes
     kinds = {} if kinds is None else kinds
     problems = Problems(source)
-    ragged = itertools.count()
-    with open_source(source, form or Form()) as opened:
+    ragged, form, present = itertools.count(), form or Form(), set[str]()
+    with open_source(source, form) as opened:
         names, with_types = opened.names, opened.records is None
         notes += filter(None, [opened.said])
         if decimals is not None:
@@ -295,7 +295,7 @@ def read_table(
         positions = [names.index(column.name) for column in columns]
         for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
             for column, values in zip(columns, batch.columns, strict=True):
-                column.add(_without(values, form.missing, column.decimal) if form and form.missing else values)
+                column.add(_without(values, form.missing, column.decimal, present) if form.missing else values)
         held = [column for column in columns if isinstance(column, Target)]
         table: dict[str, Array] = {}
         for column in columns:
@@ -311,6 +311,13 @@ def read_table(
                 cell = table[weight][row]
                 text = f"expected a weight, a finite number of at least 0, found {cell if cell == cell else 'none'}"
                 problems.add(weight, row, text)
+        for word in form.missing:
+            parts = word.split(",")
+            if word not in present and present.issuperset(parts):
+                hint = f"no cell is {word!r}; give one word an option: --missing {' --missing '.join(parts)}"
+                if problems.found:
+                    problems.add("", None, hint)
+                notes.append(hint)
         if next(ragged) or problems.found:
             _refuse(source, problems, opened)
     arrow().default_memory_pool().release_unused()
@@ -326,12 +333,16 @@ def read_table(
     return table
 
 
-def _without(column: Any, words: Sequence[str], decimal: str) -> Any:
-    """Return a column of Arrow without the cells that are one of ``words`` or its number; text becomes empty."""
+def _without(column: Any, words: Sequence[str], decimal: str, present: set[str]) -> Any:
+    """Return a column of Arrow without the cells that are one of ``words`` or its number; text becomes empty.
+
+    Cells that are such a word with commas, or a part of it, are entered in ``present``.
+    """
     from pyarrow import compute, types
 
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    joined = [part for word in words if "," in word for part in (word, *word.split(","))]
     words, _ = textfiles.stand_ins(words)
     try:
         texts = column.cast("string")
@@ -339,6 +350,8 @@ def _without(column: Any, words: Sequence[str], decimal: str) -> Any:
         # of a type that is refused, by its name
         return column
     trimmed = compute.utf8_trim_whitespace(texts)
+    if joined:
+        present.update(compute.unique(trimmed.filter(compute.is_in(trimmed, text_array(joined)))).to_pylist())
     # -999.00 is -999
     whole = compute.replace_substring_regex(trimmed, rf"^([+-]?\d+)[{decimal}]0+$", r"\1")
     gone = compute.or_(*(compute.is_in(cells, value_set=arrow().array(words)) for cells in (trimmed, whole)))

@@ -326,10 +326,9 @@ class Problems:
         lines = []
         for column, several in self.found.items():
             at = [f"column {column!r}"] if column else []
-            lines += [
-                f"{', '.join([*([] if row is None else [place(row) if at else f'line {row}']), *at])}: {text}"
-                for row, text in several
-            ]
+            for row, text in several:
+                where = [] if row is None else [place(row) if at else f"line {row}"]
+                lines.append(": ".join(filter(None, [", ".join([*where, *at]), text])))
             if self.more[column]:
                 lines[-1] += f" (and {self.more[column]} more{f' in column {column!r}' if column else ''})"
         total = len(lines) + sum(self.more.values())
