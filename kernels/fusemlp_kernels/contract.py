@@ -172,6 +172,12 @@ class UpdateRule(pointwise.Hyperparameters):
             raise unknown_name("rule: kind", self.kind, pointwise.OPTIMIZERS)
         return list(pointwise.OPTIMIZERS).index(self.name)
 
+    def renumbered(self, **numbers: float) -> UpdateRule:
+        """Return ``replace(self, **numbers)``, in a fifth of its time."""
+        rule = object.__new__(UpdateRule)
+        vars(rule).update(vars(self), **numbers)
+        return rule
+
     @property
     def fuses(self) -> bool:
         """True if an update needs nothing but the gradient of its own batch and element."""
@@ -480,7 +486,8 @@ class Backend(Protocol):
 
         On the host it also takes ``arrays``, those of the program by name, and ``memo``, a dict that stays with calls
         which differ in nothing but their arrays, and in the numbers of their operand ``rule``: what is kept in it makes
-        binding them again cheap.
+        binding them again cheap. It appends to ``numbers``, a list, the float64 array of the ``HYPERPARAMETERS`` that
+        each run reads, for a caller that changes them.
         """
 
     def scalar(self, array: Any, index: int) -> Any:

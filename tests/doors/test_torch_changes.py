@@ -11,8 +11,8 @@ from torch.optim import optimizer as optimizers
 from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, make, rmsprop, sgd
 
 import fusemlp.torch as door
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.numpy import tables
 
 
 @each_optimizer
@@ -65,22 +65,22 @@ def test_options_of_the_groups_are_read_at_every_step():
     ("make_optimizer", "cycled"),
     [(sgd, [{"momentum": 0.8}, {"momentum": 0.7}]), (adam, [{"betas": (0.8, 0.99)}, {"betas": (0.7, 0.9)}])],
 )
-def test_betas_that_cycle_enter_no_table_of_calls_again(make_optimizer, cycled, monkeypatch):
+def test_betas_that_cycle_bind_nothing_again(make_optimizer, cycled, monkeypatch):
     pair = Pair(make_optimizer=make_optimizer)
     pair.steps(1)
-    monkeypatch.setattr(tables.CallTable, "__init__", None)
+    monkeypatch.setattr(BoundProgram, "use", None)
     for options in cycled:
         pair.both(lambda _, optimizer, options=options: optimizer.param_groups[0].update(options))
         pair.steps(10)
 
 
-def test_a_table_of_rates_is_short_only_after_changes_in_a_row():
+def test_a_table_of_rates_grows_while_the_betas_stay():
     pair, rows = Pair(make_optimizer=adam), []
     for steps, beta in ((2, 0.9), (12, 0.8), (2, 0.7), (2, 0.6), (12, 0.5), (1, 0.4)):
         pair.both(lambda _, optimizer, beta=beta: optimizer.param_groups[0].update(betas=(beta, 0.999)))
         pair.steps(steps)
-        rows.append(len(pair.step._sets[0].table.rates))
-    assert rows == [1025, 1025, 1025, 9, 9, 1025]
+        rows.append(len(pair.step._sets[0].table._filled))
+    assert rows == [1024, 32, 2, 2, 32, 2]
 
 
 def test_a_rate_held_in_a_tensor_is_followed():

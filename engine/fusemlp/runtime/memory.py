@@ -18,11 +18,13 @@ from fusemlp_kernels.contract import (
     BIAS_CORRECTION_1,
     BIAS_CORRECTION_2,
     COUNTERS,
+    FIRST_UPDATE,
     HYPER,
     LEARNING_RATE,
     RATE_COLUMNS,
     RATE_SCALE,
     RATE_SHARE,
+    ROWS_FILLED,
     SHARE,
     STATS,
     UPDATE_COUNT,
@@ -265,6 +267,8 @@ class RateTable:
         self.schedule: Schedule | None = None
         self._backend = backend
         self.rule = rule
+        # the rows to fill next
+        self._rows = len(rates) - 1
         # what the table was filled with, and of which update its first row is
         self._filled: Array = np.empty((0, 0))
         self._first = 0
@@ -275,6 +279,21 @@ class RateTable:
         # the number of updates when the host last knew it, and the batches that were launched since
         self._known: int | None = None
         self._since = 0
+
+    def turn(self, rule: UpdateRule) -> None:
+        """Take another rule from the next ``follow`` on, with few rows, since it may change again."""
+        self.rule, self._rows, self._filled = rule, 2, self._filled[:0]
+
+    def turn_now(self, rule: UpdateRule, first: int) -> None:
+        """Write the bias corrections of update ``first`` and of the next, in host memory at a constant rate."""
+        self.turn(rule)
+        self.note(first)
+        self._first, self._filled, self._batches = first, self.rates[1:3], 1
+        rates, hyper = self.rates.data, self.hyper.data
+        rates[0, FIRST_UPDATE], rates[0, ROWS_FILLED] = first, 2
+        for column, beta in ((BIAS_CORRECTION_1, rule.beta1), (BIAS_CORRECTION_2, rule.beta2)):
+            rates[1, column] = hyper[column] = 1.0 - math.pow(beta, first + 1)
+            rates[2, column] = 1.0 - math.pow(beta, first + 2)
 
     def follow(self, schedule: Schedule, scale: float | None = None, *, count: int | None = None) -> None:
         """Take the learning rates from ``schedule``, whose lengths are numbers of updates, from the next update on.
@@ -348,7 +367,7 @@ class RateTable:
     def _fill(self, first: int, most: int) -> None:
         """Fill the table from update ``first`` on; the next is at most update ``most``."""
         assert self.schedule is not None
-        rows = len(self.rates) - 1
+        rows, self._rows = self._rows, min(4 * self._rows, len(self.rates) - 1)
         if self.schedule.constant and first >= self.schedule.warmup and self.rule.kind == "sgd" and not self.rule.ema:
             rows = 1
         table = rate_table(self.rule, self.schedule.rates(first, rows), first)

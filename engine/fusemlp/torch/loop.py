@@ -137,6 +137,23 @@ class Group(NamedTuple):
     rate: float
 
 
+def form(groups: list[Group], *, of_numbers: bool) -> list[Any]:
+    """Return what sets apart the updates of groups: equal rules and rates, and all but the numbers of a rule, or
+    those too."""
+    keys = [group[::2] for group in groups]
+    return [(keys.index((r, rate)), r if of_numbers else r.name, r.decoupled, decay) for r, decay, rate in groups]
+
+
+def cycled(rule: UpdateRule, value: Any) -> UpdateRule | None:
+    """Return the rule with another momentum or betas, as schedulers cycle them; None where ``read_group`` must look."""
+    if rule.momentum and value.__class__ is float and 0.0 < value < 1.0:
+        return rule.renumbered(momentum=value)
+    pair = value.__class__ is tuple and rule.kind == "adam" and [*map(type, value)] == [float, float]
+    if pair and min(value) > 0.0 and max(value) < 1.0:
+        return rule.renumbered(beta1=value[0], beta2=value[1])
+    return None
+
+
 def optimizer_kind(optimizer: Any) -> str:
     """Return the key in ``OPTIONS``; raises ArgumentTypeError for other optimizers."""
     kind = type(optimizer)

@@ -5,9 +5,11 @@ updates. A single set of parameters uses the update that the lowering chose. Sev
 the same arenas, with their own segments, hyper and counters.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -153,16 +155,30 @@ def bind_clipping(gradients: Sequence[Any], most: float) -> Run:
 
 # A group's own learning rate is the factor that the clock applies to this one.
 UNIT_RATE = Constant(1.0)
+_numbers = attrgetter(*HYPERPARAMETERS)
 
 
 @dataclass
 class UpdateSet:
-    """Parameters with a common update: ``rules`` are those of each by short name, ``count`` the updates so far."""
+    """Parameters with a common update: ``rules`` are those of each by short name, ``count`` the updates so far.
+
+    ``numbers``: those of the rule, in each bound call on the host.
+    """
 
     rule: UpdateRule
     rules: Mapping[str, TensorRule]
     count: int
     table: RateTable
+    numbers: list[Any] = field(default_factory=list)
+
+    def set_rule(self, rule: UpdateRule) -> None:
+        """Set the numbers of the rule, whose kind stays, from the next update on."""
+        clip_norm = self.rule.clip_norm
+        self.rule = rule if clip_norm is None else replace(rule, clip_norm=clip_norm)
+        for numbers in self.numbers:
+            numbers[:] = _numbers(rule)
+        if self.table.rule.kind == "adam":
+            self.table.turn_now(rule, self.count)
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate from the next update on: the clock multiplies the table's, which is 1, by it."""
@@ -177,38 +193,33 @@ class Clocks:
     """
 
     def __init__(self, memory: Memory, *, corrected: bool) -> None:
-        self._backend = memory.backend
+        self._memory = memory
         self._corrected = corrected
-        self._arrays = [(memory.hyper, memory.rates, memory.counters)]
-        self._tables: dict[int, tuple[RateTable, int]] = {}
+        self._tables: list[RateTable] = []
 
     def started(self, index: int, rule: UpdateRule, rate: float, count: int) -> RateTable:
         """Return the table of set ``index`` under ``rule``, from update ``count`` on at a learning rate."""
-        if index == len(self._arrays):
-            allocate, rows = self._backend.allocate, len(self._arrays[0][1])
-            rates = allocate(rows * contract.RATE_COLUMNS, "float64").reshape(rows, contract.RATE_COLUMNS)
-            self._arrays.append((allocate(contract.HYPER, "float64"), rates, allocate(contract.COUNTERS, "int64")))
         rule = rule if self._corrected else replace(rule, kind="sgd")
-        entry = self._tables.get(index)
-        if entry is None or entry[0].rule != rule:
-            hyper, rates, counters = self._arrays[index]
-            # a rule that changes twice within 9 updates has no use for rows of later steps; the first is no change
-            rates = rates[:9] if entry and abs(count - entry[1]) < 9 else rates
-            self._tables[index] = entry = RateTable(self._backend, rule, hyper, rates, counters), count if entry else -9
-        table = entry[0]
+        if index == len(self._tables):
+            backend, shape = self._memory.backend, self._memory.rates.shape
+            arrays = self._memory.hyper, self._memory.rates, self._memory.counters
+            if index:
+                hyper, rates = (backend.allocate(size, "float64") for size in (contract.HYPER, math.prod(shape)))
+                arrays = hyper, rates.reshape(shape), backend.allocate(contract.COUNTERS, "int64")
+            self._tables.append(RateTable(backend, rule, *arrays))
+        table = self._tables[index]
+        if table.rule != rule:
+            table.turn(rule)
         table.counters[contract.UPDATE_COUNT] = count
         table.follow(UNIT_RATE, rate, count=count)
         return table
 
 
-def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout, memos: dict[int, Any]) -> list[Run]:
-    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``.
-
-    ``memos`` has what each set's next call needs that differs in the numbers of its rule, such as betas of OneCycleLR.
-    """
+def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Run]:
+    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
     last, arrays = bound.program.calls[-1], bound.arrays
     runs: list[Run] = []
-    for place, update_set in enumerate(sets):
+    for update_set in sets:
         if last.op == "update":
             operands = {
                 "params": arrays["params"],
@@ -231,11 +242,7 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout, mem
             "rule": update_set.rule,
         }
         if bound.backend.traits.on_host:
-            same = [value for name, value in vars(update_set.rule).items() if name not in HYPERPARAMETERS]
-            kind = update_set.rule.name, same, update_set.rules
-            if place not in memos or memos[place][0] != kind:
-                memos[place] = kind, {}
-            clock |= {"arrays": arrays, "memo": memos[place][1]}
+            clock["numbers"] = update_set.numbers
         runs.append(bound.backend.bind(last.op, **{**operands, **clock}))
     return runs
 
@@ -261,12 +268,11 @@ class Runnable:
     bound: BoundProgram
     before: tuple[Run, ...]
     sets: list[UpdateSet] = field(default_factory=list)
-    memos: dict[int, Any] = field(default_factory=dict)
     run: Run = field(init=False)
 
     def use(self, sets: list[UpdateSet], layout: Layout) -> None:
         """Bind the updates again, for the rules of ``sets``."""
-        self.bound.use((*self.before, *bind_updates(self.bound, sets, layout, self.memos)))
+        self.bound.use((*self.before, *bind_updates(self.bound, sets, layout)))
         self.run, self.sets = self.bound.run, sets
 
 

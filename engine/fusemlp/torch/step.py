@@ -271,8 +271,8 @@ class FusedStep:
     def _partition(self, groups: list[Group]) -> None:
         """Divide the parameters into sets with equal rules, rates and numbers of updates."""
         self._groups, self._rates = groups, [group.rate for group in groups]
-        options = loop.OPTIONS[self._kind]
-        self._values = [options(group) for group in self.optimizer.param_groups]
+        self._values = [*map(loop.OPTIONS[self._kind], self.optimizer.param_groups)]
+        self._form = loop.form(groups, of_numbers=not self._on_host)
         positions = {short: position for position, short in enumerate(self._reading.slots)}
         members: dict[Any, dict[str, TensorRule]] = {}
         for short, place in self._trained.items():
@@ -280,6 +280,7 @@ class FusedStep:
             key = (rule, rate, int(self._tie.steps[positions[short]]))
             members.setdefault(key, {})[short] = TensorRule(1.0, decay)
         sets = []
+        self._places = [self._trained[next(iter(tensors))] for tensors in members.values()]
         for index, ((rule, rate, count), tensors) in enumerate(members.items()):
             if len(members) == 1:
                 # one update knows the norm of all gradients
@@ -287,6 +288,8 @@ class FusedStep:
             sets.append(UpdateSet(rule, tensors, count, self._clocks.started(index, rule, rate, count)))
         if [(new.rule, new.rules) for new in sets] == [(old.rule, old.rules) for old in self._sets]:
             # The bound updates stay valid.
+            for new, old in zip(sets, self._sets, strict=True):
+                new.numbers = old.numbers
             self._sets[:] = sets
         else:
             self._sets = sets
@@ -310,22 +313,32 @@ class FusedStep:
         """Follow changes in ``param_groups`` and updates by the optimizer's own ``step``."""
         groups = self.optimizer.param_groups
         rates = [rate if (rate := group["lr"]).__class__ is float else float(rate) for group in groups]
-        if [*map(loop.OPTIONS[self._kind], groups)] != self._values:
-            self._partition(self._read_groups(groups))
-        elif rates != self._rates:
-            pairs = enumerate(zip(self._groups, rates, strict=True))
-            changed = [group._replace(rate=loop.read_rate(rate, index)) for index, (group, rate) in pairs]
-            if len(changed) == 1:
-                for update_set in self._sets:
-                    update_set.set_rate(rates[0])
-                self._groups, self._rates = changed, rates
-            else:
-                self._partition(changed)
+        values = [*map(loop.OPTIONS[self._kind], groups)]
+        if values != self._values or rates != self._rates:
+            self._follow_numbers(values, rates)
         steps = self._tie.steps
         for update_set, position in self._counted:
             if update_set.count != steps[position]:
                 self._partition(self._groups)
                 return
+
+    def _follow_numbers(self, values: list[tuple[Any, ...]], rates: list[float]) -> None:
+        """Give each set the numbers of its group, or divide the parameters anew."""
+        groups = []
+        for index, (before, old, new, rate) in enumerate(zip(self._groups, self._values, values, rates, strict=True)):
+            rule = before.rule if new == old else loop.cycled(before.rule, new[0]) if new[1:] == old[1:] else None
+            if rule is None:
+                groups = self._read_groups(self.optimizer.param_groups)
+                break
+            groups.append(Group(rule, before.weight_decay, loop.read_rate(rate, index)))
+        if loop.form(groups, of_numbers=not self._on_host) != self._form:
+            self._partition(groups)
+            return
+        for update_set, place in zip(self._sets, self._places, strict=True):
+            update_set.set_rate(rates[place])
+            if groups[place].rule is not self._groups[place].rule:
+                update_set.set_rule(groups[place].rule)
+        self._groups, self._values, self._rates = groups, values, rates
 
 
 def _open(reading: Reading, name: str, precision: str) -> Backend:

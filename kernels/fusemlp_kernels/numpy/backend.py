@@ -13,7 +13,7 @@ from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES
 from fusemlp_kernels.numpy.launches import aligned, threads
 from fusemlp_kernels.numpy.processor import why_no_tiles
-from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
+from fusemlp_kernels.numpy.tables import NUMBERS, Array, BoundTable, CallTable, Run
 
 # Arrays start at multiples of this.
 ALIGNMENT_BYTES = 256
@@ -96,7 +96,7 @@ class NumpyBackend:
     def bind(
         self, op: str, arrays: Mapping[str, Array] | None = None, memo: dict[str, Any] | None = None, **operands: Any
     ) -> Run:
-        epoch_stats = operands.get("epoch_stats")
+        epoch_stats, numbers = operands.get("epoch_stats"), operands.pop("numbers", None)
         bound = memo.get(self._products) if memo else None
         run: Run | None = bound.bind(arrays, epoch_stats, operands.get("rule")) if bound else None
         if run is not None:
@@ -105,6 +105,8 @@ class NumpyBackend:
         table = CallTable(self._dtypes["real"], self._products)
         ENTRIES[op](table, table.operands(op, operands))
         run = table.bind(epoch_stats, alone=op == "train_resident")
+        if numbers is not None:
+            numbers.append(table.bound[0].view(np.float64)[NUMBERS])
         # an array with two names may be two arrays in the next model
         single = arrays and len({*map(id, arrays.values())}) == len(arrays)
         if memo is not None and arrays and single and not table.converts and not table.between:

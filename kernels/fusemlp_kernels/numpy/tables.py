@@ -37,8 +37,8 @@ SIZES = [record.itemsize for record in PARTS]
 STEPS, STEP, AT_PHASE, ROW_TASKS, BY_FEW, PRODUCT, EPOCHS, EPOCH_STATS = map(
     HEAD.__getitem__, ("steps", "step", "phase", "row_tasks", "few", "product", "epochs", "epoch_stats")
 )
-# Those of the numbers of an optimizer's rule.
-NUMBERS = [HEAD[name] for name in HYPERPARAMETERS]
+# Those of the numbers of an optimizer's rule, which follow one another.
+NUMBERS = slice(HEAD[HYPERPARAMETERS[0]], HEAD[HYPERPARAMETERS[-1]] + 1)
 
 # Kinds of calls on as many rows as the counters say.
 COUNTED = {"ENTROPY", "ELEMENTWISE", "SQUARES", "PAUSE"}
