@@ -105,17 +105,21 @@ def test_early_stopping_before_a_schedule_has_lowered_the_rate():
     cosine = np.cos(np.linspace(0, np.pi, 100)) + 1
     words = "val_loss has not improved for 5 epochs"
 
-    def findings(rates, stopped=words):
-        history = {"loss": [1.0] * len(rates), "val_loss": [1.0] * len(rates), "learning_rate": list(rates)}
+    def findings(rates, stopped=words, **others):
+        constant = [1.0] * len(rates)
+        history = {"loss": constant, "val_loss": constant, "learning_rate": list(rates), **others}
         return [str(finding) for finding in fusemlp.History(stopped=stopped, history=history).diagnose()]
 
     (text,) = findings(cosine[:50])
     assert "early stopping ended it in epoch 50, with the learning rate at 51% of its highest" in text
     assert "fit without early_stopping" in text
-    # a low rate, a constant one, one lowered on plateaus, one that rises, and a fit that went to its end
-    for rates in (cosine[:90], [0.1] * 50, [0.1] * 40 + [0.05] * 10, cosine[::-1][:50]):
+    # a low rate, a constant one, one lowered on plateaus, one that rises, exponential, and a fit that went to its end
+    for rates in (cosine[:90], [0.1] * 50, [0.1] * 40 + [0.05] * 10, cosine[::-1][:50], 0.99 ** np.arange(50)):
         assert not findings(rates)
     assert not findings(cosine[:50], stopped="")
+    # more epochs help none that overfits
+    (text,) = findings(cosine[:50], accuracy=[1.0] * 50, val_accuracy=[0.5] * 50)
+    assert text.startswith("overfitting")
 
 
 def test_a_training_that_ends_no_better_than_a_constant_prediction():

@@ -22,7 +22,7 @@ STEADY = 0.75
 # Unfinished training: of at least this many epochs the last fifth lowers the validation loss by this share or more.
 MANY_EPOCHS = 50
 UNFINISHED = 0.05
-# Or early stopping ends it while a schedule lowers the rate epoch by epoch, and the rate has this share of its highest.
+# Or early stopping ends it on the way of a schedule to its end, and the rate has this share of its highest.
 LOWERED = 0.1
 # No learning: the training loss ends above this share of that of a constant prediction, and no more than this multiple
 # of a constant prediction's share of the rows are right. A loss above this multiple of it needs no FEWEST_EPOCHS.
@@ -81,9 +81,10 @@ def diagnose(
     """
     diverged = Finding("divergence", divergence) if divergence else None
     findings = [diverged, _exploding_loss(history), _slow_training(history)]
+    overfitting = _overfitting(history, restored, best_epoch)
     if not any(findings):
-        findings.append(_no_learning(history, chance_loss) or _unfinished(history, waited))
-    findings += [_overfitting(history, restored, best_epoch), _dead_units(dead or {})]
+        findings.append(_no_learning(history, chance_loss) or _unfinished(history, waited, overfitting is not None))
+    findings += [overfitting, _dead_units(dead or {})]
     unwanted = {*in_use, *(["early stopping"] if early_stopping else [])}
     return [_in_words(finding, python, unwanted) for finding in findings if finding is not None]
 
@@ -151,13 +152,17 @@ def _no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | No
     return Finding("no learning", message, ("lower rate", "scaling"), None, figures)
 
 
-def _unfinished(history: Mapping[str, Sequence[float]], waited: bool) -> Finding | None:
-    """Find a training of many epochs that ends while its validation loss falls, or early while its rate does."""
+def _unfinished(history: Mapping[str, Sequence[float]], waited: bool, overfits: bool) -> Finding | None:
+    """Find a training of many epochs that ends while its validation loss falls, or early on the way of a schedule.
+
+    A rate on its way to an end falls by more of itself each epoch, as cosine has it; exponential has no end.
+    """
     losses, rates = history.get("val_loss", ()), history.get("learning_rate", ())
     late, lately = len(losses) // 5, rates[-FEWEST_EPOCHS:]
     if waited:
-        falls = len(lately) == FEWEST_EPOCHS and all(after < before for before, after in pairwise(lately))
-        if not falls or lately[-1] <= LOWERED * max(rates):
+        shares = [after / before if before else 1.0 for before, after in pairwise(lately)]
+        falls = len(lately) == FEWEST_EPOCHS and shares[-1] < shares[0] - 1e-9 and max(shares) < 1.0
+        if overfits or not falls or lately[-1] <= LOWERED * max(rates):
             return None
         share = lately[-1] / max(rates)
         message = f"early stopping ended it in epoch {len(rates)}, with the learning rate at {share:.0%} of its highest"
