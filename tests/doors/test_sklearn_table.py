@@ -351,6 +351,7 @@ WRONG = {
     "objects": (classifier(), (np.array([[{}, 1]] * 120, object), Y), "X, column 'x0'"),
     "two of one name": (classifier(), (X.set_axis(["a", "a", "c", "d", "e"], axis=1), Y), "'a'"),
     "rows": (classifier(), (X, Y[:-1]), "inconsistent numbers of samples"),
+    "backend": (classifier(backend=None), (X, Y), "backend: expected a name such as 'auto', got None"),
     "patience": (classifier(early_stopping="late"), (X, Y), "^early_stopping: .* or 'auto', got 'late'"),
 }
 

@@ -311,7 +311,7 @@ def test_what_does_not_take_members_says_so(name):
 @pytest.mark.parametrize(
     ("sizes", "options", "said"),
     [
-        ([4, 2], {}, "members: they share hidden layers, and this has none"),
+        ([4, 2], {}, "members: members share hidden layers, so add one"),
         ([4, 8, 2], {"output_activation": "tanh"}, "output_activation: with members it must be 'identity', got 'tanh'"),
         ([4, 8, 2], {"members": 0}, "members: expected"),
     ],

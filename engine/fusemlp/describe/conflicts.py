@@ -36,7 +36,7 @@ _MANY_STEPS = {
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
 CONFLICTS = {
     ("members", "prelu"): "members: prelu's slope belongs to a whole layer, got members={members}; use leaky_relu",
-    ("members", "no hidden layer"): "members: they share hidden layers, and this has none; add one: MLP([8, 64, 2])",
+    ("members", "no hidden layer"): "members: members share hidden layers, so add one: MLP([8, 64, 2])",
     ("members", "output activation"): "output_activation: with members it must be 'identity', got "
     "{output activation!r}",
     ("members", "sum"): "reduction: the loss of {members} members is the mean of theirs; expected 'mean', got {sum!r}",

@@ -163,8 +163,8 @@ def _obstacles_to_tabm(recipe: TableRecipe) -> dict[str, str]:
         "models": ((recipe.models or 1) > 1, "it is one network whose members share weights; leave it out"),
         "transfer_from": (recipe.transfer_from is not None, "that run has its own network; leave it out"),
     }
-    training = {"privacy": is_private(recipe), "adversarial": recipe.adversarial, recipe.backend: True}
-    uses = {**_plain_network(recipe).uses, **in_use(**training, ranks=started()), "members": recipes.MEMBERS}
+    training = in_use(privacy=is_private(recipe), adversarial=recipe.adversarial, ranks=started())
+    uses = {**_plain_network(recipe).uses, **training, "members": recipes.MEMBERS, recipe.backend: True}
     rows = obstacles_to("members", uses).items()
     reasons = {_FIELDS.get(feature, feature): words.partition(": ")[2] for feature, words in rows}
     return {name: words for name, (stands, words) in others.items() if stands} | reasons
