@@ -184,7 +184,8 @@ def headed(
         raise DataError(f"{path}: expected {what}, found an empty file")
     marks = [form.decimal or mark or usual for mark in shown]
     # our names are a header even of a table that is read as one without
-    header = first[0] == "column_1" or (form.header is not False and (form.header or not _is_data(first, marks)))
+    ours = re.fullmatch(r"column_\d+", first[0].strip()) is not None
+    header = ours or (form.header is not False and (form.header or not _is_data(first, marks)))
     names = [(header and name.strip()) or f"column_{index}" for index, name in enumerate(first, 1)]
     # a file that shows its mark, or has commas between fields, stands above an earlier one, unless that had both
     known = {} if (sure or sep == ",") and len({*form.earlier.values()}) < 2 else form.earlier
