@@ -114,7 +114,7 @@ def test_the_graph_knows_the_words_that_stand_for_missing_cells(words, precision
         table["kind"] = random.choice(["flat", "house"], 60)
     table.loc[::5, ["size", "count"]] = -999, 8888
     table.loc[::7, "kind"] = "unknown" if words else None
-    options = {"missing": (-999, "unknown", 8888.0), "hidden": (8,), "epochs": 3, "models": 1, "backend": "numpy"}
+    options = {"missing": (-999, "unknown", 8888.0, 1e39), "hidden": (8,), "epochs": 3, "models": 1, "backend": "numpy"}
     columns = list(table.columns) if words else ["size", "count", "day"]
     model = TableRegressor(precision=precision, **options).fit(table[columns], random.normal(size=60))
     parts = [*model.preprocessor_.feature_names]

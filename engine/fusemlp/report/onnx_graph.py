@@ -233,7 +233,7 @@ def _filled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[i
     # the words are those of cells, not of parts of dates
     cells = np.array(preprocessor.feature_names)[numbers] == np.array(preprocessor.sources)[numbers]
     for value in stand_ins(preprocessor.missing_words)[1]:
-        if abs(value) <= np.finfo(graph.real).max:
+        if abs(value) <= float(np.finfo(graph.real).max):
             missing = graph.add("Or", missing, graph.add("Equal", x, np.where(cells, value, np.nan)))
     return graph.add("Where", missing, np.array(fill, np.float64), x), missing
 
