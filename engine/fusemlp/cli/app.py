@@ -121,7 +121,7 @@ def completion(options: CompletionOptions) -> None:
 
 # Options that take several numbers, joined by commas.
 LISTS = ("hidden", "dropout", "class_weight")
-# The options of train, and the error for one that another command does not know; typer names it in no public place.
+# The error for an option that a command does not know; typer names it in no public place.
 UsageError: Any = typer.BadParameter.__base__
 # Shows all options of a command that has many.
 HELP_ALL = "--help-all"

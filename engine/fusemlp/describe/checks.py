@@ -222,7 +222,7 @@ def knows_names(
         def checked(*arguments: Any, **named: Any) -> Any:
             if not named and len(arguments) <= most:
                 return function(*arguments)
-            for name in named.keys() - names:
+            for name in [name for name in named if name not in names]:
                 if name not in unused:
                     raise ArgumentTypeError(_refusal(name, elsewhere, shown))
                 del named[name]
