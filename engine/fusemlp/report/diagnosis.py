@@ -153,13 +153,11 @@ def _no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | No
 
 
 def _unfinished(history: Mapping[str, Sequence[float]], waited: bool, overfits: bool) -> Finding | None:
-    """Find a training of many epochs that ends while its validation loss falls, or early on the way of a schedule.
-
-    A rate on its way to an end falls by more of itself each epoch, as cosine has it; exponential has no end.
-    """
+    """Find a training of many epochs that ends while its validation loss falls, or early in a schedule with an end."""
     losses, rates = history.get("val_loss", ()), history.get("learning_rate", ())
     late, lately = len(losses) // 5, rates[-FEWEST_EPOCHS:]
     if waited:
+        # a rate that has an end falls by a growing share of itself, unlike exponential
         shares = [after / before if before else 1.0 for before, after in pairwise(lately)]
         falls = len(lately) == FEWEST_EPOCHS and shares[-1] < shares[0] - 1e-9 and max(shares) < 1.0
         if overfits or not falls or lately[-1] <= LOWERED * max(rates):
