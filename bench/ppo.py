@@ -51,7 +51,7 @@ def with_stable_baselines3(seed: int) -> Record:
     settings |= {"ent_coef": 0.0, "learning_rate": lambda left: 1e-3 * left, "clip_range": lambda left: 0.2 * left}
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 8, seed=seed), seed=seed, device="cpu", **settings)
     done, solved = 0, UntilSolved()
-    # the rate falls over 100,000 steps; a run that needs more begins anew with a rate as at first
+    # the rate falls over 100,000 steps; a run that needs more goes on at half of the first rate, then at a third
     while done < MOST_STEPS:
         model.learn(100_000, callback=solved, reset_num_timesteps=False)
         done, mean = model.num_timesteps, float(np.mean([episode["r"] for episode in model.ep_info_buffer]))
