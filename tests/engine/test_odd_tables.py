@@ -406,7 +406,7 @@ def test_words_for_missing_cells_are_numbers_in_any_form_and_of_any_column(tmp_p
     assert plain(read_table(tmp_path / "a.parquet", form=form, drop=["nested"])["a"]) == [None, 2.5]
     with pytest.raises(DataError, match="column 'nested': expected numbers or words, found Arrow's type list"):
         read_table(tmp_path / "a.parquet", form=form)
-    for words in ("unknown", [-999]):
+    for words in ("unknown", [-999], None):
         with pytest.raises(ArgumentTypeError, match="missing: expected a list of words such as"):
             Form(missing=words)
     with pytest.raises(

@@ -113,8 +113,9 @@ class Form:
             raise ArgumentError(f"decimal: expected . or , got {self.decimal!r}")
         if self.decimal is not None and self.decimal == self.sep == ".":
             raise ArgumentError("decimal: separator and decimal mark are both '.'; give another --sep")
-        words = self.missing
-        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        words: Any = self.missing
+        several = isinstance(words, Iterable) and not isinstance(words, str)
+        if not several or not all(isinstance(word, str) for word in words):
             raise ArgumentTypeError(f"missing: expected a list of words such as ['unknown', '-999'], got {words!r}")
         if self.encoding is not None:
             try:
