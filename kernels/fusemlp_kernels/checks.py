@@ -22,7 +22,6 @@ REFUSED = {
     **{("cupy", op): "it has the calls of plain training alone; use triton or numpy" for op in OPS if op not in CORE},
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
-    **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
     ("numpy", "train_narrow"): "its products fill the cache already; use train_resident",
     ("numpy", "predict_narrow"): "its products fill the cache already; use linear",
     **{("cupy", op): "its plans are eager and graph" for op in ("train_narrow", "predict_narrow")},

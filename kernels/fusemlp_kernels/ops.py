@@ -252,6 +252,7 @@ OPS = {op.name: op for op in (
         _WEIGHT,
         _COUNTERS,
         replace(_STATS, optional=True, note="left out, the loss is not counted"),
+        replace(_HYPER, optional=True, note="dy is multiplied by hyper[LOSS_SCALE]; Triton alone"),
         Operand("function", dtype="function", hidden=True, note="it returns a float, a finite array and a float"),
     )),
     Op("grad_input",

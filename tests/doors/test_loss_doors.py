@@ -289,9 +289,9 @@ REFUSED = {
         "adversarial: IBP ",
     ),
     "card": (
-        MLPClassifier(loss=logistic, backend="triton"),
+        MLPClassifier(loss=logistic, backend="cupy"),
         BackendUnavailableError,
-        "loss: a function such as 'logistic' is not supported yet on the backend 'triton'",
+        "loss: a function such as 'logistic' is not supported yet on the backend 'cupy'",
     ),
 }
 

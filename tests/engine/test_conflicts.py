@@ -66,10 +66,10 @@ FEATURES = {
     "encoding": Feature(net={"encoding": Frequency(2)}),
     "sum": Feature(loss={"reduction": "sum"}),
     "no classes": Feature(loss={"kind": MSE}),
-    "numpy loss": Feature(
-        loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes", "function")
+    "function": Feature(
+        loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes", "batch loss")
     ),
-    "missing": Feature(loss={"kind": MSE, "missing": True}, implies=("no classes", "numpy loss")),
+    "missing": Feature(loss={"kind": MSE, "missing": True}, implies=("no classes", "batch loss", "numpy loss")),
     "class weights": Feature(loss={"kind": CrossEntropy, "class_weight": (1.0, 2.0, 3.0)}),
     "clip_norm": Feature(optimizer={"clip_norm": 1.0}),
     "accumulate": Feature(optimizer={"accumulate": 2}),
@@ -111,10 +111,10 @@ ELSEWHERE = {
         for name in ("step", "batches", "loss by inputs", "bounds")
     },
     frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
-    frozenset({"numpy loss", "balanced"}): "class_weight: it needs one class for each row",
+    frozenset({"function", "balanced"}): "class_weight: it needs one class for each row",
     **{
         frozenset({"resident kernel", name}): KERNEL
-        for name in ("privacy", "members", "fp16", "norm", "residual", "encoding")
+        for name in ("privacy", "members", "function", "fp16", "norm", "residual", "encoding")
     },
 }
 

@@ -1,6 +1,7 @@
 """A function of the caller's as loss: it trains as the built-in loss it repeats, and its errors leave the engine."""
 
 import copy
+import functools
 import pickle
 from functools import partial
 
@@ -10,20 +11,26 @@ import pytest
 import fusemlp
 from fusemlp import MLP, SGD, Adam, Engine, OneCycle
 from fusemlp.callbacks import Callback
+from fusemlp.describe.conflicts import refused_by
 from fusemlp.describe.losses import OwnLoss, as_loss
 from fusemlp.inputs.columns import Columns
+from fusemlp.program.program import ORDERED, Sharding
+from fusemlp.runtime.plans import CALLS, TRAITS, choose_plan, shared_plan
 from fusemlp.sklearn import TableRegressor
 from fusemlp_kernels.coding import NUMBERS, WORD, Coding, Column
-from fusemlp_kernels.contract import ROW_COUNT, ROW_STEP
+from fusemlp_kernels.contract import LOSS_SCALE, ROW_COUNT, ROW_STEP
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
+    BackendUnavailableError,
     CheckpointError,
     DataError,
     DivergenceError,
     DTypeError,
+    FusemlpError,
     ShapeError,
 )
+from fusemlp_kernels.registry import availability
 from make import assert_same, halfway
 from own_losses import cross_entropy, logistic, mae, mse
 
@@ -50,8 +57,30 @@ BUILT_IN = {
 }
 
 
+def with_tensors(function):
+    """Return a function of arrays as one of torch's tensors on one device."""
+    torch = pytest.importorskip("torch")
+
+    def loss(outputs, *targets, **weights):
+        arrays = [tensor.detach().cpu().numpy() for tensor in (outputs, *targets)]
+        shares = {name: tensor if tensor is None else tensor.cpu().numpy() for name, tensor in weights.items()}
+        number, gradient = function(*arrays, **shares)
+        return torch.tensor(number, device=outputs.device), torch.as_tensor(gradient, device=outputs.device)
+
+    return functools.wraps(function)(loss)
+
+
+ON_TRITON = {"backend": "triton", "precision": "fp32"}
+PLACES = [
+    pytest.param({"plan": "resident"}, id="resident"),
+    pytest.param({"plan": "eager"}, id="eager"),
+    pytest.param(ON_TRITON, id="triton", marks=pytest.mark.skipif(bool(availability()["triton"]), reason="no Triton")),
+]
+
+
 def engine_of(loss, optimizer=None, *, net=(), **options):
     options = {"batch_size": BATCH, "backend": "numpy", "precision": "fp64", **options}
+    loss = with_tensors(loss) if callable(loss) and options["backend"] == "triton" else loss
     net = MLP([INPUTS, 8, 5, OUTPUTS], activation="tanh", **dict(net))
     return Engine(net, loss, optimizer or Adam(0.01), **options)
 
@@ -87,15 +116,19 @@ def test_it_trains_as_the_built_in_loss(name, training):
     assert own.update_count == built_in.update_count
 
 
-@pytest.mark.parametrize("plan", ["resident", "eager"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_single_steps_in_fp32(name, plan):
+@pytest.mark.parametrize("rule", [{}, {"clip_norm": 0.1}, {"accumulate": 2}], ids=["plain", "clipping", "accumulation"])
+def test_single_updates_in_fp32(name, place, rule):
     function, y = BUILT_IN[name]
-    own, built_in = (engine_of(loss, SGD(1.0), precision="fp32", plan=plan) for loss in (function, name))
+    own, built_in = (engine_of(loss, SGD(1.0, **rule), **{**place, "precision": "fp32"}) for loss in (function, name))
     for start in range(0, ROWS - BATCH, BATCH // 4):
         own.load_state_dict(built_in.state_dict())
         for engine in (own, built_in):
-            engine.fit(X[start : start + BATCH], y[start : start + BATCH], epochs=1)
+            # the second batch of an update is a short one
+            rows = slice(start, start + BATCH + 8 * ("accumulate" in rule))
+            weights = None if name == "mae" else WEIGHTS[rows]
+            engine.fit(X[rows], y[rows], epochs=1, sample_weight=weights, shuffle=False)
         # gradients are sums over 32 rows of numbers below 1, through three layers
         assert_alike(own, built_in, 3 * (2 * BATCH**0.5 + 4) * 2.0**-24)
 
@@ -163,31 +196,37 @@ def test_a_batch_without_weight_changes_nothing():
     assert not np.array_equal(before["0.weight"], engine.state_dict()["0.weight"])
 
 
-def test_targets_come_as_they_were_given():
+@pytest.mark.parametrize("place", PLACES)
+def test_targets_come_as_they_were_given(place):
     kinds = []
 
     def seen(outputs, targets):
         kinds.append((outputs.dtype, targets.dtype, targets.shape))
-        return 0.0, outputs * 0
+        # of the function's own
+        outputs *= 0
+        targets[:] = 0
+        return 0.0, outputs
 
-    engine = engine_of(seen, precision="fp32")
+    engine = engine_of(seen, **{**place, "precision": "fp32"})
     gaps = np.where(VALUES > 1, np.nan, VALUES)
     for y in (LABELS, YES.astype(bool), gaps, np.zeros((ROWS, 2, 4), np.float32), np.zeros((ROWS, 2, 2), np.uint8)):
         engine.step(X[:5], y[:5])
         engine.fit(X, y, epochs=1, validation_data=(X[:9], y[:9]))
+        assert y.ndim == 3 or y.any()
         wanted = np.float32 if y.dtype.kind == "f" else np.int64
         assert kinds == [(np.float32, wanted, (rows, *y.shape[1:])) for rows in (5, 32, 32, 32, 4, 9)]
         kinds.clear()
 
 
-def test_early_stopping_and_callbacks():
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_early_stopping_and_callbacks(place):
     class Watch(Callback):
         batches = 0
 
         def on_batch_end(self, engine, batch):
             self.batches += 1
 
-    own, built_in = (engine_of(loss, Adam(0.05)) for loss in (mae, "mae"))
+    own, built_in = (engine_of(loss, Adam(0.05), **place) for loss in (mae, "mae"))
     watches = Watch(), Watch()
     histories = [
         engine.fit(X, VALUES, epochs=200, validation_split=0.3, early_stopping=3, callbacks=[watch], metrics=["rmse"])
@@ -198,7 +237,8 @@ def test_early_stopping_and_callbacks():
     assert histories[0].history["val_rmse"] == histories[1].history["val_rmse"]
     assert_alike(own, built_in, 0.0)
     assert watches[0].batches == watches[1].batches
-    assert own.evaluate(X, VALUES)["loss"] == pytest.approx(built_in.evaluate(X, VALUES)["loss"], rel=1e-12)
+    rel = 1e-6 if place is ON_TRITON else 1e-12
+    assert own.evaluate(X, VALUES)["loss"] == pytest.approx(built_in.evaluate(X, VALUES)["loss"], rel=rel)
     assert np.array_equal(own.predict(X), own.outputs(X))
     own.lr_find(X, VALUES, steps=20)
     own.probe(X, VALUES, epochs=1)
@@ -244,10 +284,10 @@ def failing(after, error=RuntimeError):
     return loss
 
 
-@pytest.mark.parametrize("plan", ["resident", "eager"])
-def test_an_error_leaves_the_engine_as_it_was_before_the_step(plan):
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_leaves_the_engine_as_it_was_before_the_step(place):
     # the tenth batch is the second of epoch 2
-    engine, same = (engine_of(loss, Adam(0.01, accumulate=2), plan=plan) for loss in (failing(10), mae))
+    engine, same = (engine_of(loss, Adam(0.01, accumulate=2), **place) for loss in (failing(10), mae))
     with pytest.raises(RuntimeError, match="of the caller"):
         engine.fit(X, VALUES, epochs=5)
 
@@ -286,20 +326,25 @@ def test_targets_that_broadcast_are_named():
 WRONG = {
     "no pair": (lambda y, t: 1.0, ArgumentTypeError, r"'<lambda>' returned float; expected \(loss, gradient\)"),
     "shape": (lambda y, t: (1.0, y[0]), ShapeError, r"has shape \(3,\); expected \(32, 3\)"),
-    "whole": (lambda y, t: (1.0, np.ones(y.shape, int)), DTypeError, "has dtype int64; expected real numbers"),
-    "no array": (lambda y, t: (1.0, None), ShapeError, r"has shape \(\); expected \(32, 3\)"),
+    "whole": (lambda y, t: (1.0, y > 0), DTypeError, r"has dtype (torch\.)?bool; expected real numbers"),
+    "no array": (
+        lambda y, t: (1.0, None),
+        FusemlpError,
+        r"has shape \(\); expected \(32, 3\)|is NoneType; expected a te",
+    ),
     "text": (lambda y, t: ("1", y), ArgumentTypeError, "'<lambda>' returned '1'; expected one number"),
-    "several": (lambda y, t: (y[0], y), ArgumentTypeError, "'<lambda>' returned .*; expected one number"),
+    "several": (lambda y, t: (y[0], y), ArgumentTypeError, r"returned an array of shape \(3,\); expected one number"),
     "complex": (lambda y, t: (1j, y), ArgumentTypeError, "'<lambda>' returned 1j; expected one number"),
-    "nan": (lambda y, t: (1.0, y + np.eye(32, 3) * np.nan), DataError, "its gradient is nan at row 0, column 0 of"),
+    "nan": (lambda y, t: (1.0, y * np.nan), DataError, "its gradient is nan at row 0, column 0 of"),
     "infinite": (lambda y, t: (np.inf, y), DataError, "'<lambda>' of finite outputs is not finite: it is inf"),
 }
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_answer_is_refused(name):
+def test_a_wrong_answer_is_refused(name, place):
     function, error, words = WRONG[name]
-    engine = engine_of(mae)
+    engine = engine_of(mae, **place)
     engine.step(X[:BATCH], VALUES[:BATCH])
     before = engine.memory.snapshot()
     for train in (partial(engine.step, X[:BATCH], VALUES[:BATCH]), partial(engine.fit, X, VALUES, epochs=1)):
@@ -310,6 +355,59 @@ def test_a_wrong_answer_is_refused(name):
         for kept in (before, after):
             kept["counters"][ROW_COUNT : ROW_STEP + 1] = kept["stats"][:] = 0
         assert_same(before, after)
+
+
+@PLACES[-1].marks[0]
+def test_functions_of_tensors():
+    torch = pytest.importorskip("torch")
+
+    def by_autograd(outputs, targets):
+        assert outputs.dtype == torch.float32
+        assert outputs.is_contiguous()
+        loss = torch.nn.functional.cross_entropy(outputs.requires_grad_(), targets)
+        return loss, torch.autograd.grad(loss, outputs)[0]
+
+    y = torch.from_numpy(LABELS)
+    for precision, bound in (("fp32", 1e-6), ("fp16", 2e-3)):
+        options = {"batch_size": BATCH, "backend": "triton", "precision": precision}
+        own, built_in = (
+            Engine(MLP([INPUTS, 8, OUTPUTS]), loss, Adam(0.01), **options) for loss in (by_autograd, "cross_entropy")
+        )
+        scale = own.memory.hyper[LOSS_SCALE] * 1
+        histories = [engine.fit(X, y, epochs=10, validation_data=(X, y)).history for engine in (own, built_in)]
+        for quantity in ("loss", "val_loss"):
+            np.testing.assert_allclose(histories[0][quantity], histories[1][quantity], rtol=bound)
+        assert own.update_count == built_in.update_count == 40
+        assert own.memory.hyper[LOSS_SCALE] == scale
+        assert (own.plan, own.plan_reason) == ("eager", CALLS)
+    # gradients that overflow in fp16 at this scale skip their batch
+    own.step(X[:5], y[:5], loss=lambda outputs, targets: (1.0, outputs * 0 + 1e4))
+    assert own.memory.hyper[LOSS_SCALE] == scale / 2
+    built_in.fit(X, y, epochs=1, loss=by_autograd)
+    assert built_in.plan_reason == CALLS
+    built_in.step(X[:5], y[:5], loss="cross_entropy")
+    assert built_in.plan_reason != CALLS
+    wrong = "cpu" if torch.cuda.is_available() else "meta"
+    with pytest.raises(ArgumentTypeError, match=f"is on {wrong}; expected a tensor on .*, as the outputs are"):
+        own.step(X[:5], y[:5], loss=lambda outputs, targets: (1.0, torch.zeros(5, OUTPUTS, device=wrong)))
+
+
+def test_plans_on_a_card():
+    traits, features = TRAITS["triton"], as_loss(mae).uses
+    for plan in ("auto", "graph"):
+        assert choose_plan(plan, traits, MLP([64, 32, 10]), 32, "fp32", features=features) == ("eager", CALLS)
+    for plan in ("resident", "card", "chip"):
+        with pytest.raises(BackendUnavailableError, match="kernel trains without a loss of the caller's; use plan='au"):
+            choose_plan(plan, traits, MLP([64, 32, 10]), 32, "fp32", features=features)
+    # with several processes too, which else capture their launches
+    assert shared_plan(("eager", CALLS), traits, Sharding(ORDERED, 2)) == ("eager", CALLS)
+    # a function of arrays trains as it did where a card is
+    assert refused_by(features, "numpy") is None
+    assert "a function such as 'mae' gets NumPy arrays; ask for tensors by" in refused_by(features, "triton")
+    with pytest.raises(
+        BackendUnavailableError, match="a function such as 'mae' is not supported yet on the backend 'c"
+    ):
+        engine_of(mae, backend="cupy", precision="fp32")
 
 
 def test_large_gradients_and_divergence():

@@ -173,9 +173,10 @@ def returned_number(argument: str, name: str, value: Any) -> float:
     try:
         if np.ndim(value) == 0 and not isinstance(value, str | bytes):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        # torch's complex numbers raise the last
         pass
-    what = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+    what = f"an array of shape {tuple(value.shape)}" if getattr(value, "shape", ()) else repr(value)
     raise ArgumentTypeError(f"{argument}: {name!r} returned {what}; expected one number, such as errors.mean()")
 
 

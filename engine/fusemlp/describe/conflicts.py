@@ -18,7 +18,8 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
-_HOST = "{numpy loss} is not supported yet"
+_HOST = "is not supported yet"
+_WITHOUT_LOSS = (("numpy loss", "triton"), ("numpy loss", "cupy"), ("function", "cupy"))
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 # In words of a plan with a kernel of its own.
 _DROPS_NOTHING = "drops nothing so far"
@@ -97,6 +98,7 @@ CONFLICTS = {
                 "residual": "has no residual blocks",
                 "encoding": "takes the inputs as they are",
                 "dropout": _DROPS_NOTHING,
+                "function": "calls no function between its launches",
                 "privacy": "clips no gradient of a row",
                 "clip_norm": "leaves sums whose norm no launch takes",
                 "ranks": "has no collective between its two launches",
@@ -125,25 +127,26 @@ CONFLICTS = {
     "--adversarial",
     ("probed", "time_limit"): "probe: --time-limit does not count its epochs; give one of the options",
     ("probed", "dp_epsilon"): "probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place",
-    # a loss of the numpy backend alone
-    ("numpy loss", "members"): f"loss: {{numpy loss}}{SINGLE}",
-    ("function", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",
+    # a loss of the whole batch, which may be a function of the caller's, or of the numpy backend alone
+    ("batch loss", "members"): f"loss: {{batch loss}}{SINGLE}",
+    ("function", "table"): f"loss: {{function}} {_HOST} for tables; train an Engine on their columns as numbers",
     (
         "missing",
         "estimator",
     ): "loss: {missing} is for gaps in y, which scikit-learn's checks refuse; use TableRegressor or Engine",
     (
-        "numpy loss",
+        "batch loss",
         "label_smoothing",
-    ): "label_smoothing: {numpy loss} gets whole classes; leave it 0, and smooth in the loss",
-    ("numpy loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
+    ): "label_smoothing: {batch loss} gets whole classes; leave it 0, and smooth in the loss",
+    ("batch loss", "privacy"): f"loss: {{batch loss}} {_HOST} with privacy, since its gradient is of the batch, not of "
+    "each row",
     (
-        "numpy loss",
+        "batch loss",
         "loss by inputs",
-    ): "y: {numpy loss} has no gradient by the inputs of each row; leave y out for that of an output",
+    ): "y: {batch loss} has no gradient by the inputs of each row; leave y out for that of an output",
     **{
-        ("numpy loss", name): f"loss: {_HOST} on the backend {name!r}; make the engine with backend='numpy'"
-        for name in ("triton", "cupy")
+        (loss, name): f"loss: {{{loss}}} {_HOST} on the backend {name!r}; make the engine with backend='numpy'"
+        for loss, name in _WITHOUT_LOSS
     },
     # privacy
     ("privacy", "members"): f"privacy: private training{SINGLE}",
@@ -209,14 +212,22 @@ CONFLICTS = {
     ("lbfgs", "dropout"): f"dropout: {_STEADY} got {{dropout!r}}. Use solver='adam'.",
     ("lbfgs", "fast products"): "precision: lbfgs needs 'fp32' or 'fp64', got {fast products!r}.",
 }
+# By these rows "auto" passes over a backend.
+PASSED_OVER = {
+    **CONFLICTS,
+    ("function", "triton"): "loss: {function} gets NumPy arrays; ask for tensors by backend='triton'",
+}
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
     *(pair for pair, words in CONFLICTS.items() if _CORE in words),
-    *(("ranks", "cupy"), ("numpy loss", "cupy"), ("numpy loss", "triton")),
+    *(("ranks", "cupy"), *_WITHOUT_LOSS),
 }
 # Features that a resident kernel may lack, in the words of its refusal.
 BLOCKS = "norm and residual blocks"
-BESIDE = {"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"}
+BESIDE = {
+    **{"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"},
+    "function": "a loss of the caller's",
+}
 
 
 def in_use(**features: Any) -> dict[str, Any]:
@@ -225,13 +236,13 @@ def in_use(**features: Any) -> dict[str, Any]:
 
 
 def refused_by(features: Features, backend: str) -> str | None:
-    """Return why a backend does not take all of these features; None if it does."""
-    return next(iter(obstacles_to(backend, features).values()), None)
+    """Return why "auto" passes over a backend for these features; None if it does not."""
+    return next(iter(obstacles_to(backend, features, PASSED_OVER).values()), None)
 
 
-def obstacles_to(name: str, features: Features) -> dict[str, str]:
+def obstacles_to(name: str, features: Features, rows: Mapping[tuple[str, str], str] = CONFLICTS) -> dict[str, str]:
     """Return the errors of those of the features that do not go with the one called ``name``."""
-    others = {({*pair} - {name}).pop(): words for pair, words in CONFLICTS.items() if name in pair}
+    others = {({*pair} - {name}).pop(): words for pair, words in rows.items() if name in pair}
     return {other: others[other].format_map(features) for other in others if other in features}
 
 

@@ -96,7 +96,7 @@ class Loss(Description, family="loss"):
 
     @property
     def numpy_only(self) -> bool:
-        """True if no other backend computes it."""
+        """True if backend="auto" means numpy: no other computes it, or it is a function, which may be of arrays."""
         return self.on_host or self.kind in DISTRIBUTIONS or getattr(self, "missing", False)
 
     @property
@@ -109,7 +109,8 @@ class Loss(Description, family="loss"):
         """The features that it uses, for ``conflicts``."""
         classes, gaps = self.kind == "cross_entropy", getattr(self, "missing", False)
         named = f"missing=True of {self.kind}" if gaps else self.kind
-        used = {"numpy loss": named if self.numpy_only else None, "missing": named if gaps else None, self.kind: True}
+        used = {"missing": named if gaps else None, self.kind: True}
+        used |= dict.fromkeys(("batch loss", "numpy loss"), named if self.numpy_only else None)
         used["no classes"] = None if classes else self.kind
         return in_use(sum=self.reduction if self.reduction != "mean" else None, **used)
 
@@ -392,9 +393,8 @@ class OwnLoss(Loss):
 
     @cached_property
     def uses(self) -> Features:
-        return in_use(
-            **{"no classes": self.name, "numpy loss": f"a function such as {self.name!r}", "function": self.name}
-        )
+        named = f"a function such as {self.name!r}"
+        return in_use(**{"no classes": self.name, "batch loss": named, "function": named})
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         return LossSpec(self.kind, name=self.name)

@@ -298,7 +298,7 @@ class DeviceInputs:
                     low, high = backend.extent(labels)
                     if low >= 0 and high < outputs:
                         return Targets(labels, False)
-            else:
+            elif loss.kind != OWN:
                 values = native.reshape(-1, 1) if len(_shape(native)) == 1 and outputs == 1 else native
                 bounds = {"binary_cross_entropy": (0.0, 1.0), "poisson": (0.0, np.inf)}.get(loss.kind, ())
                 matches = _shape(values) == (rows, outputs) and not backend.is_integer(values)
@@ -413,7 +413,7 @@ class DeviceInputs:
         if spec.kind != OWN:
             return spec
         values = targets.values
-        return replace(spec, target=("int64" if self.backend.is_integer(values) else "real", _shape(values)[1:]))
+        return replace(spec, target=("int64" if _is_integer(values) else "real", _shape(values)[1:]))
 
     def _fits(self, native: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
         """Return whether all elements are from ``lowest`` to ``highest`` and finite in the engine's type."""
@@ -423,10 +423,14 @@ class DeviceInputs:
 
 
 def _parts(batch: Examples) -> tuple[Any, ...]:
-    targets, dtype = batch.targets.values, batch.targets.values.dtype
-    # one of torch has no kind; batches may lie on the host and on the device in turn
-    integer = dtype.kind in "biu" if hasattr(dtype, "kind") else not dtype.is_floating_point
-    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], integer
+    targets = batch.targets.values
+    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], _is_integer(targets)
+
+
+def _is_integer(array: Any) -> bool:
+    # a type of torch has no kind; an array may lie on the host or on the device
+    dtype = array.dtype
+    return bool(dtype.kind in "biu" if hasattr(dtype, "kind") else not dtype.is_floating_point)
 
 
 def _shape(native: Any) -> tuple[int, ...]:

@@ -263,6 +263,7 @@ class Builder:
             counters=self.counters,
             stats=self.add("stats", (contract.STATS,), "float64", "control"),
             function=self.add("function", (), "function", "control"),
+            hyper=Ref("hyper") if self.step.scaled and self.rules else None,
             weight=self.weight_of_rows(),
             rows=self.rows,
         )

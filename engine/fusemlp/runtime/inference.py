@@ -288,7 +288,7 @@ class Inference:
 
     def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> Evaluate:
         if self.loss.on_host:
-            return own_evaluation(forward, data, self.loss)
+            return own_evaluation(forward, data, self.inputs)
         if self.network.members > 1:
             return mean_evaluation(forward, data, spec, self.class_weight)
         return Evaluation(forward, data, spec, self.class_weight, repeated)

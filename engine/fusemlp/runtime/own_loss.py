@@ -17,7 +17,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, 
 
 def caller_of(inputs: DeviceInputs) -> Callable[..., tuple[float, Array, float]]:
     """Return the function for programs: it calls the loss of an engine's ``inputs``, whichever it is then."""
-    return lambda *batch: call(inputs.loss, *batch)
+    answer = call if inputs.backend.traits.on_host else call_with_tensors
+    return lambda *batch: answer(inputs.loss, *batch)
 
 
 def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array, float]:
@@ -26,33 +27,65 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     A function gets a copy of ``outputs`` (M, N), and its answer is checked; this may be infinite or NaN if the squares
     of the outputs are, as in a training that diverges. Raises ArgumentTypeError, ShapeError, DTypeError or DataError.
     """
-    assert isinstance(loss, OwnLoss) and loss.function is not None
+    assert isinstance(loss, OwnLoss)
     normaliser = float(len(outputs) if weights is None else weights.sum(dtype=np.float64))
     if not normaliser:
         return 0.0, np.zeros_like(outputs), 0.0
-    operands = (outputs.copy(), targets)
-    answer = loss.function(*operands, weights=weights) if loss.takes_weights else loss.function(*operands)
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise ArgumentTypeError(
-            f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
-            f"{outputs.shape} of its gradient by the outputs"
-        )
-    number, gradient = returned_number("loss", loss.name, answer[0]), to_array("loss: gradient", answer[1])
-    if gradient.shape != outputs.shape:
-        column = outputs.shape == (*targets.shape, 1)
-        mend = f"; targets have shape {targets.shape}: reshape them, targets[:, None]" if column else ""
-        raise ShapeError(
-            f"loss: the gradient of {loss.name!r} has shape {gradient.shape}; expected {outputs.shape}, a number for "
-            f"each output{mend}"
-        )
-    if gradient.dtype.kind != "f":
-        raise DTypeError(
-            f"loss: the gradient of {loss.name!r} has dtype {gradient.dtype}; expected real numbers, {outputs.dtype}"
-        )
+    value, answer = _answer(loss, outputs.copy(), targets, weights)
+    number, gradient = returned_number("loss", loss.name, value), to_array("loss: gradient", answer)
+    _check_kind(loss, gradient, outputs, targets, real=gradient.dtype.kind == "f")
     # the squares of large numbers may overflow, of which vdot does not warn
     if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
         _check_finite(loss.name, number, gradient, outputs)
     return number, gradient, normaliser
+
+
+def call_with_tensors(loss: Loss, outputs: Any, targets: Any, weights: Any | None) -> tuple[float, Any, float]:
+    """Return and raise what ``call`` does, with torch's tensors on one device."""
+    assert isinstance(loss, OwnLoss)
+    normaliser = float(len(outputs) if weights is None else weights.double().sum())
+    if not normaliser:
+        return 0.0, outputs.new_zeros(outputs.shape), 0.0
+    tensor = type(outputs)
+    value, gradient = _answer(loss, outputs.clone(), targets, weights)
+    number = returned_number("loss", loss.name, value.detach() if isinstance(value, tensor) else value)
+    if not isinstance(gradient, tensor) or gradient.device != outputs.device:
+        what = f"on {gradient.device}" if isinstance(gradient, tensor) else type(gradient).__name__
+        raise ArgumentTypeError(
+            f"loss: the gradient of {loss.name!r} is {what}; expected a tensor on {outputs.device}, as the outputs are"
+        )
+    _check_kind(loss, gradient, outputs, targets, real=gradient.is_floating_point())
+    gradient = gradient.detach()
+    if not math.isfinite(number) or not math.isfinite(float(gradient.square().sum())):
+        _check_finite(loss.name, number, *(each.double().cpu().numpy() for each in (gradient, outputs)))
+    return number, gradient, normaliser
+
+
+def _answer(loss: OwnLoss, outputs: Any, targets: Any, weights: Any | None) -> tuple[Any, Any]:
+    """Return the loss and the gradient from the caller's function, not yet checked; raises ArgumentTypeError if it does
+    not return two."""
+    assert loss.function is not None
+    operands = (outputs, targets)
+    answer = loss.function(*operands, weights=weights) if loss.takes_weights else loss.function(*operands)
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        raise ArgumentTypeError(
+            f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
+            f"{tuple(outputs.shape)} of its gradient by the outputs"
+        )
+    return answer[0], answer[1]
+
+
+def _check_kind(loss: OwnLoss, gradient: Any, outputs: Any, targets: Any, *, real: bool) -> None:
+    if gradient.shape != outputs.shape:
+        shape, wanted, given = tuple(gradient.shape), tuple(outputs.shape), tuple(targets.shape)
+        mend = f"; targets have shape {given}: reshape them, targets[:, None]" if wanted == (*given, 1) else ""
+        raise ShapeError(
+            f"loss: the gradient of {loss.name!r} has shape {shape}; expected {wanted}, a number for each output{mend}"
+        )
+    if not real:
+        raise DTypeError(
+            f"loss: the gradient of {loss.name!r} has dtype {gradient.dtype}; expected real numbers, {outputs.dtype}"
+        )
 
 
 def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> None:
@@ -72,13 +105,15 @@ def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> 
     )
 
 
-def own_evaluation(forward: ForwardPass, data: Examples, loss: Loss) -> Evaluate:
-    """Return a function that evaluates a loss of the host on ``data``, all rows at once."""
+def own_evaluation(forward: ForwardPass, data: Examples, inputs: DeviceInputs) -> Evaluate:
+    """Return a function that evaluates the loss of ``inputs``, a function, on ``data``, all rows at once."""
+    place, answer = inputs.backend.from_host, caller_of(inputs)
 
     def evaluate(memory: Memory) -> dict[str, float]:
         forward.trained = memory
-        outputs = forward.outputs(data.X, evaluated=True)
-        return {"loss": call(loss, outputs, data.targets.values.copy(), data.weight)[0]}
+        outputs = place(forward.outputs(data.X, evaluated=True))
+        weight = None if data.weight is None else place(data.weight)
+        return {"loss": answer(outputs, place(inputs.on_host(data.targets.values).copy()), weight)[0]}
 
     return evaluate
 

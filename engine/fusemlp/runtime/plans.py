@@ -37,6 +37,7 @@ PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.pr
 # The reason for a plan that the user named.
 ASKED = "asked for"
 UNPROVEN = f"{ASKED}; no card has run it yet"
+CALLS = "a loss of the caller's is called between the launches of a step, from Python"
 # Steps between two checks for Ctrl-C. On the host they have this many floating-point operations: a tenth of a second on
 # two cores with AVX2, a second on a slow one.
 UNINTERRUPTED = 256
@@ -115,7 +116,10 @@ def choose_plan(
         if reason is not None:
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN
-    beside = [words for feature, words in BESIDE.items() if feature in (net.uses if features is None else features)]
+    features = net.uses if features is None else features
+    if "function" in features and not traits.on_host and plan in ("auto", "graph"):
+        return "eager", CALLS
+    beside = [words for feature, words in BESIDE.items() if feature in features]
     refusal = resident_refusal(traits.looped(plan), traits.name, net.widths, batch, precision, beside)
     if plan == "auto":
         return _fastest(traits, refusal, net.widths, batch * net.members, models)
@@ -172,7 +176,7 @@ def shared_plan(
     if traits.on_host:
         return plan, f"two launches a step, and {between}"
     # not by a checkpoint, whose engine may have been alone
-    asked = reason in (ASKED, UNPROVEN)
+    asked = reason in (ASKED, UNPROVEN, CALLS)
     if asked and plan == "graph" and uncaptured is not None:
         raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
     if asked:
@@ -219,12 +223,13 @@ def planned(
         check_together({**net.uses, "ranks": "devices", traits.name: True})
         sharding = Sharding(reduce, as_count("devices", devices)).check()
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
-    check_together({**chosen_loss.uses, traits.name: True})
+    features = {**net.uses, **chosen_loss.uses}
+    check_together({**features, traits.name: True})
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)
     rows = sharding.rows(as_count("batch_size", batch_size, minimum=1))
-    alone = choose_plan("auto", traits, net, batch_size, precision)
+    alone = choose_plan("auto", traits, net, batch_size, precision, features=features)
     step = Step(
         net,
         rows,

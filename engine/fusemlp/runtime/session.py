@@ -222,6 +222,8 @@ class Session:
         self.loss = chosen
         try:
             check_together(self.uses)
+            if chosen.on_host != before.on_host:
+                self.plan, self.plan_reason = self._plan_of(self.batch_size)
         except FusemlpError:
             self.loss = before
             raise
@@ -295,11 +297,15 @@ class Session:
         """
         if batch_size == self.batch_size:
             return
-        chosen = self.plan_for(self.plan if was_asked(self.plan_reason) else "auto", batch_size)
+        chosen = self._plan_of(batch_size)
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
         self.programs.staged.clear()
+
+    def _plan_of(self, batch_size: int) -> tuple[str, str]:
+        """Return the plan for batches of this size under what was asked for, and why."""
+        return self.plan_for(self.plan if was_asked(self.plan_reason) else "auto", batch_size)
 
     def plan_for(self, plan: str, batch_size: int, models: int = 1) -> tuple[str, str]:
         """Return the plan that ``plan`` comes to for ``models`` like this that train at once, and why."""

@@ -141,7 +141,7 @@ class EpochLoop(Generic[PolicyT]):
             except Exception:
                 # a loss of the caller's may end a launch after some of its steps
                 memory = self.engine.memory
-                if steps > 1 and self.at_once == 1 and memory.backend.traits.on_host:
+                if steps > 1 and self.at_once == 1 and self.engine.loss.on_host:
                     self.state.batch = int(memory.counters[contract.ROW_OFFSET]) // self.batch_size
                 raise
 

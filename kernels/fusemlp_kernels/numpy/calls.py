@@ -35,6 +35,7 @@ DOTS, TREE = 4, 4
 ELSEWHERE = {
     "loss_grad": ("hyper",),
     "linear_loss_grad": ("hyper",),
+    "own_loss": ("hyper",),
     "grad_weight": ("norm", "parts", "part"),
     "update": ("norm", "shadow", "scaled", "parts", "part"),
 }

@@ -163,7 +163,7 @@ class TritonBackend:
             pitch = -(-array.shape[1] // self.traits.row_multiple) * self.traits.row_multiple
             tensor = self.view(self.allocate(len(array) * pitch, kind), 0, tuple(array.shape), pitch)
         else:
-            tensor = self.allocate(math.prod(array.shape), kind)
+            tensor = self.allocate(math.prod(array.shape), kind).reshape(array.shape)
         self.copy_into(tensor, array)
         return tensor
 

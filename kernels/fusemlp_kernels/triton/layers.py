@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.checks import binds
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, NO_DROPOUT, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
@@ -171,6 +174,31 @@ def bind_linear_loss_grad(device: TritonDevice, call: SimpleNamespace) -> Run:
         tile = deep
     constants = {**tile.sides("MNK"), "PRODUCT": device.product, "SPLIT": tile.split}
     return _launch_loss(device, call, loss.linear_loss_grad_kernel, tile, constants, call.x, call.w)
+
+
+@binds("own_loss")
+def bind_own_loss(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``own_loss``, with tensors. It reads the place of the batch, so the host waits for the device."""
+    y, dy, pitch = call.y, call.dy, call.dy.stride(0)
+    rows = torch.arange(len(y), device=y.device) if call.rows is None else call.rows
+    # the kernels read a row up to its pitch
+    whole = dy.as_strided((len(dy), pitch), (pitch, 1))
+    stats = device.zeros(STATS, "float64") if call.stats is None else call.stats
+
+    def run() -> None:
+        count, first = call.counters[c.ROW_COUNT : c.ROW_OFFSET + 1].tolist()
+        count = max(0, min(count, len(y)))
+        picked = rows[first if call.rows is not None else 0 :][:count]
+        weight = None if call.weight is None else call.weight[picked]
+        loss, gradient, normaliser = call.function(y[:count].float(), call.target[picked], weight)
+        whole.zero_()
+        dy[:count] = gradient if call.hyper is None else gradient * call.hyper[c.LOSS_SCALE]
+        stats[c.LAST_LOSS] = loss
+        stats[c.LOSS_SUM] += loss * normaliser
+        stats[c.NORM_SUM] += normaliser
+        stats[c.BATCH_LOSSES] += loss * count
+
+    return run
 
 
 def launch_clock(device: TritonDevice, call: SimpleNamespace, *, scaled: bool = False) -> Run:
