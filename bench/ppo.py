@@ -71,6 +71,20 @@ def child(player: str, seed: int) -> None:
     print(json.dumps({"player": player, "seed": seed, **figures, "cpu_seconds": time.process_time() - start}))
 
 
+def text(lines: Sequence[Record]) -> str:
+    """Return the trainings that reached the goal, with medians of their processor seconds and steps, as Markdown."""
+    rows = []
+    for player in PLAYERS:
+        runs = [line for line in lines if line["player"] == player]
+        solved = [run for run in runs if run["mean_return"] >= GOAL]
+        seconds, steps = (sorted(run[name] for run in solved) for name in ("cpu_seconds", "steps"))
+        middle = len(solved) // 2
+        figures = [f"{seconds[middle]:.1f}", f"{steps[middle]:,}"] if solved else ["-", "-"]
+        each = f"{1e6 * sum(run['cpu_seconds'] for run in runs) / sum(run['steps'] for run in runs):.0f}"
+        rows.append([player, f"{len(solved)} of {len(runs)}", *figures, each])
+    return table(["", "solved", "seconds, median", "steps, median", "us a step"], rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     made = parser("ppo", (__doc__ or "").partition("\n")[0])
@@ -93,14 +107,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **alone}, stdout=subprocess.PIPE, check=True)
             lines.append(json.loads(ended.stdout.splitlines()[-1]))
             say(f"{player}, seed {seed}: {lines[-1]['cpu_seconds']:.1f} s, mean return {lines[-1]['mean_return']:.1f}")
-    rows = []
-    for player in PLAYERS:
-        runs = [line for line in lines if line["player"] == player]
-        solved = [run for run in runs if run["mean_return"] >= GOAL]
-        seconds, steps = (sorted(run[name] for run in solved) for name in ("cpu_seconds", "steps"))
-        middle = len(solved) // 2
-        figures = [f"{seconds[middle]:.1f}", f"{steps[middle]:,}"] if solved else ["-", "-"]
-        each = [f"{1e6 * sum(run['cpu_seconds'] for run in runs) / sum(run['steps'] for run in runs):.0f}"]
-        rows.append([player, f"{len(solved)} of {len(runs)}", *figures, *each])
-    finish("ppo", options, lines, table(["", "solved", "seconds, median", "steps, median", "us a step"], rows))
+    finish("ppo", options, lines, text(lines))
     return 0
